@@ -1,0 +1,386 @@
+"""A door: the site's agent on the Fleet API of a stock SuperLink, over TLS, by an enrolled key.
+
+The agent only ever calls out: it listens on no port, starts no process, and never fetches the
+app bundle the coordinator submitted. What it runs is the app installed here (``client/app.py``),
+in this process, one order at a time.
+
+Guarantees:
+    The app bundle is never pulled, unpacked or imported.
+    A reply is pushed again until the SuperLink has all of it, its order expires or the run ends.
+    No answer of the SuperLink ends the agent; only ``stop`` does.
+
+Design: all use of Flower's private modules in a hospital is in this file, and
+``tests/client/test_agent.py`` fails when a new Flower renames one. Flower's own connection loop is
+not used because it ends the process on a 401; nor is its version interceptor, because it does so
+when the peer says that the versions differ.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from ipaddress import ip_address
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import httpx
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Context, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.clientapp import ClientApp
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ObjectTree,
+    PullObjectRequest,
+    PushObjectRequest,
+)
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from client.app import Answer, error_reply, make_app
+from shared_models.errors import DocumentError
+from shared_models.signing import write_secret
+
+HEARTBEAT_S = 10  # the SuperLink counts a site as gone after twice this
+POLL_BUSY_S = 0.15
+POLL_IDLE_S = 0.5
+BUSY_S = 10.0  # how long after an order the next one is expected soon
+MAX_DELAY_S = 5.0
+TIMEOUT_S = 30.0
+LINGER_S = 1.0  # the SuperLink drops the replies of a node that leaves before they are claimed
+MAX_ORDER_BYTES = 4 * 2**30
+
+UNSEATED = (401, 404)  # the SuperLink no longer knows this node
+FINISHED = 403  # the run has ended: nobody waits for the reply
+NOT_ADMITTED = 412
+
+Result = TypeVar("Result")
+
+log = logging.getLogger(__name__)
+
+
+class FleetLink(NamedTuple):
+    """Where the coordinator is, how to recognise it, and this site's key."""
+
+    address: str
+    root_certificates: Path
+    node_key: Path
+
+
+class _Incomplete(Exception):
+    """An object that is not there yet, or that the SuperLink would not store."""
+
+
+RETRIED = (httpx.HTTPError, ValueError, _Incomplete)
+
+
+def create_node_key(file: Path) -> str:
+    """Make this site's EC P-384 key in ``file`` and return its public line, to be enrolled.
+
+    Raises:
+        FileExistsError: if ``file`` exists; keys are never overwritten.
+    """
+    key = ec.generate_private_key(ec.SECP384R1())
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.OpenSSH,
+        serialization.NoEncryption(),
+    )
+    write_secret(file, private)
+    public = key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    return public.decode()
+
+
+def run(link: FleetLink, answer: Answer, *, stop: threading.Event) -> None:
+    """Answer the coordinator's orders until ``stop`` is set.
+
+    An order being answered when ``stop`` is set is finished, and its reply pushed once, first.
+
+    Raises:
+        DocumentError: if the key or the certificates cannot be read.
+    """
+    app = make_app(answer)
+    with _connected(link) as (client, public_key):
+        seat = _Seat(client, public_key, stop=stop)
+        ended = threading.Event()
+        heart = threading.Thread(target=seat.beat, args=(ended,), daemon=True, name="heartbeat")
+        heart.start()
+        try:
+            _serve(seat, app)
+        finally:
+            ended.set()
+            heart.join()
+            seat.leave()
+
+
+class _Seat:
+    """This site's place at the SuperLink: ``node`` is None until it is activated."""
+
+    def __init__(
+        self, client: FleetHttpClient, public_key: bytes, *, stop: threading.Event
+    ) -> None:
+        self.client = client
+        self.public_key = public_key
+        self.stop = stop
+        self.node: Node | None = None
+        self.delivered_at = 0.0
+
+    def activate(self) -> Node:
+        """Return this site's node, activated if need be."""
+        if self.node is None:
+            request = ActivateNodeRequest(
+                public_key=self.public_key, heartbeat_interval=HEARTBEAT_S
+            )
+            self.node = Node(node_id=self.client.ActivateNode(request).node_id)
+            log.info("connected to the coordinator as node %d", self.node.node_id)
+        return self.node
+
+    def insist(self, call: Callable[[Node], Result], *, until: float) -> Result | None:
+        """Repeat ``call`` until it succeeds; None once the run has ended, at ``until`` or on stop.
+
+        ``call`` is made at least once, and must continue where it was interrupted.
+        """
+        delay_s, is_quiet = 0.25, False
+        while True:
+            try:
+                return call(self.activate())
+            except RETRIED as error:
+                status = _status(error)
+                if status == FINISHED and self.node is not None:
+                    log.info("the run has ended; what belongs to it is dropped")
+                    return None
+                if status in UNSEATED:
+                    self.node = None
+                level = logging.DEBUG if is_quiet else logging.WARNING
+                log.log(level, "%s (%s); trying again", _trouble(status), type(error).__name__)
+            is_quiet = True
+            if self.stop.wait(delay_s) or time.time() > until:
+                return None
+            delay_s = min(2 * delay_s, MAX_DELAY_S)
+
+    def beat(self, ended: threading.Event) -> None:
+        """Tell the SuperLink that this site is there, until ``ended``."""
+        while not ended.wait(HEARTBEAT_S / 2):
+            if (node := self.node) is None:
+                continue
+            try:
+                self.client.SendNodeHeartbeat(
+                    SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT_S)
+                )
+            except RETRIED as error:
+                log.debug("a heartbeat was lost: %s", type(error).__name__)
+
+    def leave(self) -> None:
+        """Tell the SuperLink, if it still listens, that this site is gone."""
+        time.sleep(max(self.delivered_at + LINGER_S - time.monotonic(), 0.0))
+        if self.node is not None:
+            try:
+                self.client.DeactivateNode(DeactivateNodeRequest(node_id=self.node.node_id))
+            except RETRIED as error:
+                log.debug("could not say goodbye: %s", type(error).__name__)
+
+
+def _serve(seat: _Seat, app: ClientApp) -> None:
+    busy_until = 0.0
+    while not seat.stop.is_set():
+        received = seat.insist(_receive(seat.client), until=float("inf"))
+        if received:
+            order, tree = received[0]
+            _obey(seat, app, order=order, tree=tree)
+            busy_until = time.monotonic() + BUSY_S
+        else:
+            seat.stop.wait(POLL_BUSY_S if time.monotonic() < busy_until else POLL_IDLE_S)
+
+
+def _obey(seat: _Seat, app: ClientApp, *, order: Message, tree: ObjectTree) -> None:
+    until = order.metadata.created_at + order.metadata.ttl
+    start = time.monotonic()
+    try:
+        content = seat.insist(_download(seat.client, order, tree=tree), until=until)
+        if content is None:
+            return
+        order.content = content
+        context = Context(order.metadata.run_id, order.metadata.dst_node_id, {}, RecordDict(), {})
+        reply = app(order, context)
+    except Exception as error:  # a malformed order must not end the agent
+        log.error("an order could not be read: %s", type(error).__name__)
+        reply = error_reply(order)
+    push = _upload(seat.client, reply, seconds=time.monotonic() - start)
+    if seat.insist(push, until=until) is None:
+        log.warning("a reply could not be delivered")
+    seat.delivered_at = time.monotonic()
+
+
+def _receive(client: FleetHttpClient) -> Callable[[Node], list[tuple[Message, ObjectTree]]]:
+    """Return a call that asks for the next order, if there is one; its content is still empty."""
+
+    def call(node: Node) -> list[tuple[Message, ObjectTree]]:
+        response = client.PullMessages(PullMessagesRequest(node=node))
+        orders = map(message_from_proto, response.messages_list)
+        return list(zip(orders, response.message_object_trees, strict=True))
+
+    return call
+
+
+def _download(
+    client: FleetHttpClient, order: Message, *, tree: ObjectTree
+) -> Callable[[Node], RecordDict]:
+    """Return a call that fetches an order's content, keeping what an earlier try fetched."""
+    run_id = order.metadata.run_id
+    wanted = list(dict.fromkeys(part.object_id for part in iterate_object_tree(tree)))
+    contents: dict[str, bytes] = {}
+
+    def call(node: Node) -> RecordDict:
+        for object_id in wanted:
+            if object_id in contents:
+                continue
+            response = client.PullObject(
+                PullObjectRequest(node=node, run_id=run_id, object_id=object_id)
+            )
+            if not response.object_found:
+                raise DocumentError("a part of the order is missing")
+            if not response.object_available:
+                raise _Incomplete
+            contents[object_id] = response.object_content
+            if sum(map(len, contents.values())) > MAX_ORDER_BYTES:
+                raise DocumentError(f"expected an order of at most {MAX_ORDER_BYTES} bytes")
+        client.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(
+                node=node, run_id=run_id, message_object_id=tree.object_id
+            )
+        )
+        return _inflate(tree.object_id, contents)
+
+    return call
+
+
+def _inflate(object_id: str, contents: dict[str, bytes]) -> RecordDict:
+    try:
+        message = inflate_object_from_contents(object_id, contents)
+    except ValueError as error:  # to the caller a ValueError is worth another try; this is not
+        raise DocumentError("the order cannot be read") from error
+    if not isinstance(message, Message):
+        raise DocumentError("expected an order that is a message")
+    return message.content
+
+
+def _upload(client: FleetHttpClient, reply: Message, *, seconds: float) -> Callable[[Node], bool]:
+    """Return a call that pushes a reply, going on in the same session after an interruption.
+
+    A second announcement would not do: once the coordinator has seen the first, the SuperLink has
+    forgotten the order and asks for nothing more. Only after a refusal is the reply announced anew.
+    """
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    with no_object_id_recompute():
+        tree = get_object_tree(reply)
+        objects = get_all_nested_objects(reply)
+    envelope = message_to_proto(remove_content_from_message(reply))
+    run_id = reply.metadata.run_id
+    session_id, pending, is_refused = "", list[str](), True
+
+    def call(node: Node) -> bool:
+        nonlocal session_id, pending, is_refused
+        if is_refused:
+            response = client.PushMessages(
+                PushMessagesRequest(
+                    node=node,
+                    messages_list=[envelope],
+                    message_object_trees=[tree],
+                    clientapp_runtime_list=[seconds],
+                )
+            )
+            missing = set(response.objects_to_push)
+            session_id = response.session_id
+            pending = [object_id for object_id in objects if object_id in missing]
+            is_refused = False
+        while pending:
+            request = PushObjectRequest(
+                node=node,
+                run_id=run_id,
+                session_id=session_id,
+                object_id=pending[0],
+                object_content=objects[pending[0]].deflate(),
+            )
+            # refused is also what arrived before, but whose acknowledgement was lost
+            is_refused |= not client.PushObject(request).stored
+            pending.pop(0)
+        if is_refused:
+            raise _Incomplete
+        return True
+
+    return call
+
+
+@contextmanager
+def _connected(link: FleetLink) -> Iterator[tuple[FleetHttpClient, bytes]]:
+    key = _load_node_key(link.node_key)
+    try:
+        certificates = link.root_certificates.read_bytes()
+        tls = ssl.create_default_context(cadata=certificates.decode("ascii"))
+    except (OSError, ValueError) as error:
+        raise DocumentError(f"cannot read the certificates {link.root_certificates}") from error
+    with FleetHttpClient.from_server_address(
+        link.address,
+        insecure=False,
+        root_certificates=certificates,
+        interceptors=[NodeAuthHttpInterceptor(key, key.public_key())],
+    ) as client:
+        if _is_loopback(link.address):  # never by way of a proxy set for the world outside
+            client._client.close()
+            client._client = httpx.Client(verify=tls, timeout=TIMEOUT_S, trust_env=False)
+        yield client, public_key_to_bytes(key.public_key())
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _load_node_key(file: Path) -> ec.EllipticCurvePrivateKey:
+    try:
+        key = serialization.load_ssh_private_key(file.read_bytes(), password=None)
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+        raise DocumentError(f"cannot read the node key {file}: {type(error).__name__}") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise DocumentError(f"expected an EC key in {file}, got another kind")
+    return key
+
+
+def _status(error: Exception) -> int | None:
+    return error.response.status_code if isinstance(error, httpx.HTTPStatusError) else None
+
+
+def _trouble(status: int | None) -> str:
+    if status is None:
+        return "the coordinator does not answer"
+    if status == NOT_ADMITTED:
+        return "not admitted: this site's key is not enrolled, or its last session has not expired"
+    return f"the coordinator answers {status}"

@@ -1,0 +1,319 @@
+"""From an order to a reply, inside the hospital.
+
+The order of things is the site's whole security: read and verify, judge, reserve, train, gate. A
+refusal is an answer like any other; its reason in words stays in the site's own log.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from client import config as configs
+from client import ledger, studies
+from client.config import SiteConfig
+from client.gate import Result, pass_out, refusal
+from client.policy import judge
+from shared_models.contracts import PrivacyStatement, RoundOrder
+from shared_models.errors import ConsiliaError, DataError, LedgerError
+from shared_models.plan import SignedPlan, StudyPlan, event_of
+from shared_models.privacy import statement
+from shared_models.signing import load_key, public_key
+from shared_models.weights import Array, Schema, digest, schema_of, size_of, subtract, unflatten
+from shared_models.wire import Letter, seal, unseal
+
+log = logging.getLogger(__name__)
+
+NO_STUDY = "0" * 64
+
+
+class Study(NamedTuple):
+    """An approved study, made ready: its plan, task, patients by split, and its net's schema."""
+
+    plan: StudyPlan
+    task: Any
+    cohort: Any
+    schema: Schema
+
+
+class Site:
+    """One hospital's memory between orders: keys, loaded studies, the last round answered."""
+
+    def __init__(self, config: SiteConfig, *, key: Ed25519PrivateKey) -> None:
+        self.config = config
+        self.key = key
+        self.studies: dict[str, Study] = {}
+        self.last_round: dict[tuple[str, str], int] = {}
+
+
+class Seat(NamedTuple):
+    """A site in a simulation: its name, its public signing key, and what answers its letters."""
+
+    name: str
+    public_key: str
+    answer: Callable[[Letter], Letter]
+
+
+class Refused(Exception):
+    """This site will not obey; ``code`` is from the contracts' closed list."""
+
+    def __init__(self, code: str, why: str) -> None:
+        self.code = code
+        super().__init__(why)
+
+
+def open_site(config_file: Path) -> Callable[[Letter], Letter]:
+    """Return the function that answers letters for the site of ``config_file``.
+
+    Raises:
+        DocumentError: if the configuration or the key cannot be read.
+    """
+    config = configs.read(config_file)
+    site = Site(config, key=load_key(config.signing_key))
+    return lambda letter: answer(letter, site)
+
+
+def rehearse(
+    config_file: Path, *, signed: SignedPlan, coordinator: str, state_dir: Path
+) -> Seat:
+    """Seat a site at a simulation on one machine.
+
+    The site's data, rules and speed are its own; its approvals and ledger go to ``state_dir``, so
+    that a rehearsal is neither charged nor mistaken for the real study.
+
+    Raises:
+        ConsiliaError: if the site cannot be read, or objects to the plan.
+    """
+    config = configs.read(config_file)
+    policy = config.policy.model_copy(update={"coordinators": (signed.plan.coordinator,)})
+    changed = {"policy": policy, "coordinator": coordinator, "state_dir": state_dir / config.name}
+    site = Site(config.model_copy(update=changed), key=load_key(config.signing_key))
+    objections = studies.objections(signed, site.config, today=_today())
+    if objections:
+        raise ConsiliaError([f"{config.name}: {objection}" for objection in objections])
+    studies.approve(signed, site.config, key=site.key, who="rehearsal")
+    return Seat(config.name, public_key(site.key), lambda letter: answer(letter, site))
+
+
+def answer(letter: Letter, site: Site) -> Letter:
+    """Return the site's reply to ``letter``: a result that passed the gate, or a refusal."""
+    order = _unknown_order(site)
+    try:
+        order, vector = _opened(letter, site)
+        study = _admitted(order, vector, site)
+        log.info("round %d: %s", order.round_, order.kind)
+        result = _obey(order, unflatten(vector, study.schema), study, site)
+        passed = pass_out(result, order=order, plan=study.plan, site=site.config, schema=study.schema)
+        if isinstance(passed, tuple):
+            site.last_round[order.study, order.kind] = order.round_
+            return seal(passed[0], key=site.key, vector=passed[1])
+        return seal(passed, key=site.key)
+    except Refused as refused:
+        log.warning("round %d refused (%s): %s", order.round_, refused.code, refused)
+        return seal(refusal(order, refused.code), key=site.key)
+    except DataError as error:
+        log.error("round %d refused (data): %s", order.round_, error)
+        return seal(refusal(order, "data"), key=site.key)
+    except LedgerError as error:
+        log.error("round %d refused (budget): %s", order.round_, error)
+        return seal(refusal(order, "budget"), key=site.key)
+    except Exception as error:
+        log.error("round %d failed: %s", order.round_, type(error).__name__)
+        log.debug("where it failed", exc_info=True)
+        return seal(refusal(order, "failed"), key=site.key)
+
+
+def _opened(letter: Letter, site: Site) -> tuple[RoundOrder, Array]:
+    try:
+        order, vector = unseal(letter, key=site.config.coordinator)
+    except ConsiliaError as error:
+        raise Refused("bad-signature", str(error)) from error
+    if not isinstance(order, RoundOrder) or vector is None:
+        raise Refused("bad-order", "expected an order with weights")
+    if order.site != site.config.name:
+        raise Refused("bad-order", "the order is for another site")
+    if digest(vector) != order.weights_digest:
+        raise Refused("bad-order", "the weights are not those the order announces")
+    return order, vector
+
+
+def _admitted(order: RoundOrder, vector: Array, site: Site) -> Study:
+    """Return the study the order belongs to, or refuse."""
+    if order.expires_at < datetime.now(UTC):
+        raise Refused("expired", "the order came too late")
+    plan = studies.approved(order.study, site.config, key=site.key)
+    if plan is None:
+        raise Refused("not-approved", "no approval of this plan by this site")
+    if plan.expires < _today():
+        raise Refused("expired", "the plan has expired")
+    if order.round_ < site.last_round.get((order.study, order.kind), 0):
+        raise Refused("out-of-order", "an earlier round than the last one answered")
+    if order.round_ > plan.training.num_rounds:
+        raise Refused("out-of-order", "a later round than the plan has")
+    if order.study not in site.studies:
+        objections = judge(plan, site.config, today=_today())
+        if objections:
+            raise Refused("policy", "; ".join(objections))
+        site.studies[order.study] = _prepared(plan, site)
+    study = site.studies[order.study]
+    if vector.shape != (size_of(study.schema),):
+        raise Refused("bad-order", "the weights do not fit the plan's net")
+    return study
+
+
+def _prepared(plan: StudyPlan, site: Site) -> Study:
+    """Read the site's patients for ``plan`` and check that it can be trained on them."""
+    from shared_models import cohort, nets, tasks
+    from shared_models.nets.base import weights_of
+    from shared_models.registry import find
+
+    plugins = site.config.policy.plugins
+    task = find("tasks", plan.task.name, builtin=tasks.BUILTIN, plugins=plugins)(**plan.task.params)
+    data = site.config.data
+    patients = cohort.load(
+        data.manifest, root=data.root, plan=plan, task=task, splits=("train", "test")
+    )
+    num_patients = len(patients["train"])
+    if num_patients < max(plan.min_patients, site.config.policy.min_patients):
+        raise Refused("too-few-patients", f"{num_patients} patients to train on")
+    if plan.privacy is not None and plan.privacy.delta >= 1 / num_patients:
+        raise Refused("policy", f"delta is not under one over the {num_patients} patients here")
+    net = nets.make(
+        plan.net.name, plan.net.params, seed=0, num_outputs=task.num_outputs, plugins=plugins
+    )
+    return Study(plan, task, patients, schema_of(weights_of(net)))
+
+
+def _obey(order: RoundOrder, weights: dict[str, Array], study: Study, site: Site) -> Result:
+    """Do what the order asks: evaluate, train, or train alone."""
+    import torch
+
+    from shared_models import nets
+    from shared_models.evaluation import evaluate
+    from shared_models.nets.base import load_weights, weights_of
+
+    plan, device = study.plan, device_of(site.config)
+    torch.set_num_threads(site.config.performance.threads)
+    net = nets.make(
+        plan.net.name, plan.net.params, seed=0, num_outputs=study.task.num_outputs
+    )
+    load_weights(net, weights)
+    started = time.monotonic()
+    test, train = study.cohort["test"], study.cohort["train"]
+    if order.kind == "evaluate":
+        evaluation = evaluate(net, test, task=study.task, device=device, with_intervals=True)
+        return Result(len(train), time.monotonic() - started, evaluation=evaluation)
+    if order.kind == "alone":
+        privacy = _charge(order, study, site, rounds=plan.training.num_rounds)
+        loss = [_train(net, study, site, round_, "alone") for round_ in range(plan.training.num_rounds)]
+        evaluation = evaluate(net, test, task=study.task, device=device, with_intervals=True)
+        return Result(
+            len(train),
+            time.monotonic() - started,
+            train_loss=_shown(loss[-1], plan),
+            evaluation=evaluation,
+            privacy=privacy,
+        )
+    evaluation = evaluate(net, test, task=study.task, device=device)
+    privacy = _charge(order, study, site, rounds=1)
+    mean_loss = _train(net, study, site, order.round_, "train")
+    return Result(
+        len(train),
+        time.monotonic() - started,
+        train_loss=_shown(mean_loss, plan),
+        update=subtract(weights_of(net), weights),
+        evaluation=evaluation,
+        privacy=privacy,
+    )
+
+
+def _train(net: Any, study: Study, site: Site, round_: int, purpose: str) -> float:
+    from client.train import Performance, randomness_of, train
+
+    settings = site.config.performance
+    trained = train(
+        net,
+        study.cohort["train"],
+        plan=study.plan,
+        task=study.task,
+        round_=round_,
+        randomness=randomness_of(study.plan, site=site.config.name, round_=round_, purpose=purpose),
+        performance=Performance(
+            device=device_of(site.config),
+            autocast=settings.autocast,
+            most_images=settings.most_images,
+            threads=settings.threads,
+        ),
+    )
+    if trained.num_non_finite:
+        log.warning("round %d: some patients' gradients were not finite and left out", round_)
+    return trained.loss
+
+
+def _shown(loss: float, plan: StudyPlan) -> float | None:
+    """Return the training loss if it may leave: it is not noised, so not under privacy terms."""
+    return loss if plan.privacy is None else None
+
+
+def _charge(order: RoundOrder, study: Study, site: Site, *, rounds: int) -> PrivacyStatement | None:
+    """Reserve the cost of the coming steps, on disk, before any of them."""
+    privacy = study.plan.privacy
+    if privacy is None:
+        return None
+    steps = rounds * study.plan.training.steps_per_round
+    policy = site.config.policy
+    charged = ledger.reserve(
+        site.config.state_dir,
+        study=order.study,
+        round_=order.round_,
+        event=event_of(study.plan, steps=steps, purpose=order.kind),
+        budget=ledger.Budget(
+            per_study=min(policy.max_epsilon_per_study, privacy.epsilon),
+            lifetime=policy.max_epsilon_lifetime,
+            delta=privacy.delta,
+        ),
+    )
+    return statement(charged, delta=privacy.delta)
+
+
+def device_of(config: SiteConfig) -> str:
+    """Return the torch device the configuration means on this machine."""
+    import torch
+
+    wanted = config.performance.device
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return wanted
+
+
+def _unknown_order(site: Site) -> RoundOrder:
+    """Return what a refusal names when the order itself could not be trusted."""
+    now = datetime.now(UTC)
+    return RoundOrder(
+        study=NO_STUDY,
+        round_=0,
+        kind="train",
+        site=site.config.name,
+        weights_digest=NO_STUDY,
+        issued_at=now,
+        expires_at=now,
+    )
+
+
+def _today() -> Any:
+    return datetime.now(UTC).date()
+
+
+def warm_up(config: SiteConfig) -> None:
+    """Import what training needs once, before the first order."""
+    import opacus  # noqa: F401
+    import torch
+    from monai.networks.nets import densenet, unet  # noqa: F401
+
+    torch.set_num_threads(config.performance.threads)

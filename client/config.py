@@ -1,0 +1,117 @@
+"""``site.toml``: one hospital's own settings, secret and its alone.
+
+Relative paths are relative to the file's folder. Privacy and policy settings stand apart from
+performance settings: changing the latter never changes the ledger.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+from shared_models.contracts import (
+    Contract,
+    MetricName,
+    Name,
+    Positive,
+    Probability,
+    PublicKey,
+    SiteName,
+)
+from shared_models.errors import DocumentError
+from shared_models.plan import Purpose, read_text, sentences
+
+
+class LinkSettings(Contract):
+    """How the site reaches the coordinator's SuperLink: outbound only, TLS, node authentication."""
+
+    address: Annotated[str, Field(pattern=r"^[^\s/]+:\d{1,5}$")]
+    root_certificates: Path
+    node_key: Path
+
+
+class DataSettings(Contract):
+    """Where the images are. The coordinator never learns these paths."""
+
+    manifest: Path
+    root: Path
+
+
+class PolicySettings(Contract):
+    """What this hospital allows. Anything not allowed here is refused."""
+
+    coordinators: tuple[PublicKey, ...]
+    purposes: tuple[Purpose, ...]
+    tasks: tuple[Name, ...]
+    nets: tuple[Name, ...]
+    max_rounds: Annotated[int, Field(ge=1)]
+    min_patients: Annotated[int, Field(ge=2)] = 10
+    min_test_patients: Annotated[int, Field(ge=1)] = 5
+    max_epsilon_per_study: Positive
+    max_epsilon_lifetime: Positive
+    max_delta: Probability
+    max_update_mb: Positive = 200.0
+    metrics: tuple[MetricName, ...]
+    allow_without_privacy: bool = False
+    plugins: tuple[str, ...] = ()
+
+
+class PerformanceSettings(Contract):
+    """Speed only. ``device``: auto uses CUDA where there is one. ``autocast``: bfloat16 on CUDA."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    autocast: bool = False
+    most_images: Annotated[int, Field(ge=1)] = 32
+    threads: Annotated[int, Field(ge=1)] = 1
+
+
+class SiteConfig(Contract):
+    """Everything a site agent needs to know."""
+
+    schema_version: Literal[1] = 1
+    name: SiteName
+    state_dir: Path
+    signing_key: Path
+    coordinator: PublicKey
+    link: LinkSettings
+    data: DataSettings
+    policy: PolicySettings
+    performance: PerformanceSettings = PerformanceSettings()
+
+
+def read(file: Path) -> SiteConfig:
+    """Read ``site.toml``.
+
+    Raises:
+        DocumentError: with every objection at once; it never repeats a value.
+    """
+    try:
+        data = tomllib.loads(read_text(file))
+        config = SiteConfig.model_validate(data)
+    except tomllib.TOMLDecodeError as error:
+        raise DocumentError(f"{file} is not TOML: {error}") from error
+    except ValidationError as error:
+        raise DocumentError(sentences(error, model=SiteConfig)) from error
+    return _absolute(config, file.resolve().parent)
+
+
+def _absolute(config: SiteConfig, base: Path) -> SiteConfig:
+    link, data = config.link, config.data
+    return config.model_copy(
+        update={
+            "state_dir": base / config.state_dir,
+            "signing_key": base / config.signing_key,
+            "link": link.model_copy(
+                update={
+                    "root_certificates": base / link.root_certificates,
+                    "node_key": base / link.node_key,
+                }
+            ),
+            "data": data.model_copy(
+                update={"manifest": base / data.manifest, "root": base / data.root}
+            ),
+        }
+    )

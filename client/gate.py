@@ -1,0 +1,128 @@
+"""The one way out: whatever training produced becomes a reply here or nowhere.
+
+Guarantees:
+    An update of another shape, size or kind than the plan's net never leaves.
+    A number that is not finite never leaves.
+    Under a plan with privacy terms nothing trained leaves without a charge in the ledger.
+    A metric the site does not list never leaves, nor one over fewer patients than its minimum.
+
+Design: the gate sees results only, not how they came about, and depends on nothing a study chooses
+but the plan itself. Any doubt is a refusal; what was wrong goes to the site's log, never out.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+from client.config import SiteConfig
+from shared_models import weights as weights_of
+from shared_models.contracts import (
+    Evaluation,
+    PrivacyStatement,
+    Refusal,
+    RoundOrder,
+    SiteReply,
+)
+from shared_models.plan import StudyPlan
+from shared_models.weights import Array, Schema, Weights
+
+log = logging.getLogger(__name__)
+
+
+class Result(NamedTuple):
+    """What a round gave, still inside the hospital."""
+
+    num_patients: int
+    seconds: float
+    train_loss: float | None = None
+    update: Weights | None = None
+    evaluation: Evaluation | None = None
+    privacy: PrivacyStatement | None = None
+
+
+def pass_out(
+    result: Result, *, order: RoundOrder, plan: StudyPlan, site: SiteConfig, schema: Schema
+) -> tuple[SiteReply, Array | None] | Refusal:
+    """Return the reply to ``order`` and the update's vector, or a refusal."""
+    objections = _objections(result, order=order, plan=plan, site=site, schema=schema)
+    if objections:
+        for objection in objections:
+            log.error("gate: %s", objection)
+        return refusal(order, "gate")
+    vector = None if result.update is None else weights_of.flatten(result.update)
+    reply = SiteReply(
+        study=order.study,
+        round_=order.round_,
+        kind=order.kind,
+        site=site.name,
+        num_patients=result.num_patients,
+        train_loss=None if result.train_loss is None else round(result.train_loss, 4),
+        update_digest=None if vector is None else weights_of.digest(vector),
+        evaluation=_redacted(result.evaluation, site),
+        privacy=result.privacy,
+        seconds=round(result.seconds, 2),
+    )
+    return reply, vector
+
+
+def refusal(order: RoundOrder, code: str) -> Refusal:
+    """Return a refusal of ``order``; its code is from the closed list or this raises."""
+    return Refusal.model_validate(
+        {
+            "study": order.study,
+            "round_": order.round_,
+            "kind": order.kind,
+            "site": order.site,
+            "code": code,
+        }
+    )
+
+
+def _objections(
+    result: Result, *, order: RoundOrder, plan: StudyPlan, site: SiteConfig, schema: Schema
+) -> list[str]:
+    found = []
+    is_trained = order.kind in ("train", "alone")
+    if (result.update is not None) != (order.kind == "train"):
+        found.append("an update leaves with an order to train, and only then")
+    if result.update is not None:
+        found += _update_objections(result.update, schema, site.policy.max_update_mb)
+    if is_trained and plan.privacy is not None and result.privacy is None:
+        found.append("the plan is private but nothing was charged for this round")
+    if result.privacy is not None and plan.privacy is not None:
+        if result.privacy.epsilon > min(plan.privacy.epsilon, site.policy.max_epsilon_per_study):
+            found.append("the study's epsilon exceeds what plan and site allow")
+    if is_trained and result.num_patients < max(plan.min_patients, site.policy.min_patients):
+        found.append("fewer patients than the plan or the site allows")
+    return found
+
+
+def _update_objections(update: Weights, schema: Schema, max_mb: float) -> list[str]:
+    if weights_of.schema_of(update) != schema:
+        return ["the update's names or shapes are not those of the plan's net"]
+    if any(value.dtype.name != "float32" for value in update.values()):
+        return ["the update is not float32"]
+    found = []
+    if weights_of.size_of(schema) * 4 > max_mb * 2**20:
+        found.append(f"the update is over the site's {max_mb:g} MB")
+    if not all(weights_of.is_finite(value.ravel()) for value in update.values()):
+        found.append("the update holds a number that is not finite")
+    return found
+
+
+def _redacted(evaluation: Evaluation | None, site: SiteConfig) -> Evaluation | None:
+    """Keep the metrics the site lists (``dice`` allows ``dice_<class>``), over enough patients."""
+    if evaluation is None or evaluation.num_patients < site.policy.min_test_patients:
+        return None
+    allowed = set(site.policy.metrics)
+    return evaluation.model_copy(
+        update={
+            "metrics": {k: v for k, v in evaluation.metrics.items() if _base(k) in allowed},
+            "intervals": {k: v for k, v in evaluation.intervals.items() if _base(k) in allowed},
+        }
+    )
+
+
+def _base(metric: str) -> str:
+    return metric.partition("_")[0]

@@ -1,0 +1,94 @@
+"""Making a site: its keys and its ``site.toml``, inside the hospital.
+
+Private keys are made here and never leave; what the coordinator needs is the public halves.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from client import agent
+from shared_models.contracts import Contract, PublicKey, SiteName
+from shared_models.files import replace
+from shared_models.signing import create_key, public_key
+
+
+class Identity(Contract):
+    """What a site tells the coordinator about itself: its name and its public keys."""
+
+    name: SiteName
+    signing: PublicKey
+    node: str
+
+
+def create(
+    folder: Path,
+    *,
+    name: str,
+    coordinator: str,
+    address: str,
+    root_certificates: Path,
+    manifest: Path,
+    root: Path,
+    allow_without_privacy: bool = False,
+    max_epsilon: float = 8.0,
+) -> Identity:
+    """Make ``folder`` a site: two private keys and a commented ``site.toml``.
+
+    Raises:
+        FileExistsError: if the folder has keys or a configuration; nothing is overwritten.
+    """
+    config_file = folder / "site.toml"
+    if config_file.exists():
+        raise FileExistsError(f"{config_file} exists; it is the hospital's and is never overwritten")
+    (folder / "keys").mkdir(parents=True, exist_ok=True)
+    node = agent.create_node_key(folder / "keys" / "node")
+    key = create_key(folder / "keys" / "signing.pem")
+    text = config_text(
+        name=name,
+        coordinator=coordinator,
+        address=address,
+        root_certificates=str(root_certificates),
+        manifest=str(manifest),
+        root=str(root),
+        allow_without_privacy=allow_without_privacy,
+        max_epsilon=max_epsilon,
+    )
+    replace(config_file, text.encode())
+    return Identity(name=name, signing=public_key(key), node=node)
+
+
+def config_text(
+    *,
+    name: str,
+    coordinator: str,
+    address: str,
+    root_certificates: str,
+    manifest: str,
+    root: str,
+    allow_without_privacy: bool = False,
+    max_epsilon: float = 8.0,
+) -> str:
+    """Return a commented ``site.toml`` with these values and cautious defaults."""
+    template = Template((files("client") / "templates" / "site.toml").read_text(encoding="utf-8"))
+    return template.substitute(
+        name=_quoted(name),
+        coordinator=_quoted(coordinator),
+        address=_quoted(address),
+        root_certificates=_quoted(root_certificates),
+        manifest=_quoted(manifest),
+        root=_quoted(root),
+        allow_without_privacy=str(allow_without_privacy).lower(),
+        max_epsilon=max_epsilon,
+        max_epsilon_lifetime=2 * max_epsilon,
+    )
+
+
+def _quoted(text: str) -> str:
+    """Return ``text`` as a TOML basic string."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    if not escaped.isprintable():
+        raise ValueError("expected printable text without line breaks")
+    return f'"{escaped}"'

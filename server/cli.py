@@ -1,0 +1,261 @@
+"""``consilia-coordinator``: what the consortium's coordinator runs."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from shared_models.errors import EXIT_CODES_HELP, ConsiliaError
+
+app = typer.Typer(
+    help="Propose studies, run them through the consortium, validate and release models.",
+    epilog=EXIT_CODES_HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+PlanFile = Annotated[Path, typer.Argument(help="The study plan (TOML).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Out = Annotated[Path | None, typer.Option(help="Results go here; must be new or empty.")]
+
+
+@app.command()
+def demo(
+    data: Annotated[
+        Path | None, typer.Option(help="A folder with manifest.csv; none: phantoms are made.")
+    ] = None,
+    task: Annotated[str, typer.Option(help="classification or segmentation.")] = "classification",
+    out: Out = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Number of rounds.")] = None,
+    epsilon: Annotated[float, typer.Option(help="Patient-level epsilon of the study.")] = 8.0,
+    no_dp: Annotated[bool, typer.Option("--no-dp", help="Train WITHOUT privacy.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Decides phantoms and first weights.")] = 0,
+    phantoms: Annotated[
+        int | None, typer.Option(min=20, help="Phantom patients per hospital, without --data.")
+    ] = None,
+    classes: Annotated[str, typer.Option(help="Names of the classes, comma-separated.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Train one model across hospitals on this machine: real processes, TLS, approvals."""
+    from server import demo as demos
+
+    if not 0 < epsilon < float("inf"):
+        raise typer.BadParameter(f"expected a positive epsilon, got {epsilon}")
+    options = demos.Options(
+        out=out or Path("runs") / f"demo-{datetime.now(UTC):%Y%m%d-%H%M%S}",
+        task=task,
+        data=data,
+        num_rounds=rounds,
+        epsilon=None if no_dp else epsilon,
+        seed=seed,
+        num_phantoms=phantoms,
+        classes=tuple(name.strip() for name in classes.split(",") if name.strip()),
+    )
+    with _interruptible(), _progress() as progress:
+        found = demos.run(options, progress)
+    _finish(found, options.out, as_json=as_json)
+
+
+@app.command()
+def simulate(
+    plan: PlanFile,
+    more: Annotated[list[Path] | None, typer.Argument(metavar="[DIR]...", help="More sites.")] = None,
+    sites: Annotated[
+        list[Path] | None, typer.Option(help="Folders with a site.toml each: --sites A B C.")
+    ] = None,
+    validation: Annotated[
+        Path | None, typer.Option(help="The coordinator's held-out set: a manifest (CSV).")
+    ] = None,
+    validation_root: Annotated[
+        Path | None, typer.Option(help="What the manifest's paths are relative to.")
+    ] = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a plan in this process, without a network: the same rounds, functions instead of sites."""
+    from server import demo as demos
+    from server.simulate import simulate as run
+    from shared_models import plan as plans
+
+    folders = [*(sites or []), *(more or [])]
+    if not folders:
+        raise typer.BadParameter("expected at least one folder with --sites")
+    target = out or Path("runs") / f"simulation-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    signed = plans.read(plan)
+    demos.check_room(target)
+    found = run(
+        signed.plan,
+        folders,
+        target,
+        validation_manifest=validation,
+        validation_root=validation_root,
+    )
+    _finish(found, target, as_json=as_json)
+
+
+@app.command()
+def check(plan: PlanFile, as_json: AsJson = False) -> None:
+    """Say everything that is wrong with a plan. Exit 0: nothing; 1: something."""
+    from shared_models import plan as plans
+    from shared_models.catalogue import objections
+    from shared_models.errors import DocumentError
+
+    if not plan.is_file():
+        raise DocumentError(f"there is no file {plan}")
+    try:
+        found = objections(plans.read(plan).plan, today=_today())
+    except DocumentError as error:
+        found = list(error.objections)
+    if as_json:
+        print(json.dumps({"valid": not found, "objections": found}))
+    else:
+        for objection in found:
+            print(f"- {objection}")
+        print(f"{len(found)} objections" if found else "no objection: the plan can be proposed")
+    raise typer.Exit(1 if found else 0)
+
+
+@app.command()
+def sign(
+    plan: PlanFile,
+    key: Annotated[Path, typer.Option(help="The coordinator's signing key (PEM).")],
+) -> None:
+    """Sign a plan in place, once nothing is wrong with it. Any later change breaks the signature."""
+    from shared_models import plan as plans
+    from shared_models import signing
+    from shared_models.catalogue import objections
+    from shared_models.files import replace
+
+    private = signing.load_key(key)
+    draft = plans.read(plan).plan
+    if draft.coordinator != signing.public_key(private):
+        raise ConsiliaError(
+            f"coordinator: the plan names another key; this one is {signing.public_key(private)}"
+        )
+    found = objections(draft, today=_today())
+    if found:
+        raise ConsiliaError(found)
+    replace(plan, plans.render(draft, signing.sign(draft, key=private)).encode())
+    print(f"signed study {signing.digest(draft)[:12]} '{draft.name}'")
+
+
+@app.command()
+def keygen(file: Annotated[Path, typer.Argument(help="The new key's file (PEM).")]) -> None:
+    """Make the coordinator's signing key and print its public half."""
+    from shared_models import signing
+
+    try:
+        print(signing.public_key(signing.create_key(file)))
+    except FileExistsError as error:
+        raise ConsiliaError(f"{file} exists; keys are never overwritten") from error
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Render report.html anew from report.json and print the table."""
+    from server import report as reports
+
+    found = reports.read(run_dir / "report.json")
+    reports.write(found, run_dir)
+    _finish(found, run_dir, as_json=as_json)
+
+
+def _finish(found: Any, out: Path, *, as_json: bool) -> None:
+    from server import report as reports
+
+    if as_json:
+        print(found.model_dump_json(by_alias=True))
+        return
+    console = Console()
+    console.print(reports.table(found))
+    console.print(f"report: {(out / 'report.html').resolve()}", soft_wrap=True, highlight=False)
+
+
+class _Bars:
+    """The demonstration's progress on a terminal; plain lines elsewhere."""
+
+    def __init__(self, bars: Any, console: Console) -> None:
+        self.bars, self.console, self.task = bars, console, None
+
+    def stage(self, text: str, *, total: int | None = None) -> None:
+        self._close()
+        if self.console.is_terminal:
+            self.task = self.bars.add_task(text, total=total, word="")
+        else:
+            self.console.print(text)
+
+    def advance(self, done: int, text: str = "") -> None:
+        if self.console.is_terminal:
+            self.bars.update(self.task, completed=done, word=text)
+        else:
+            self.console.print(f"  {done}: {text}")
+
+    def _close(self) -> None:
+        if self.task is not None:
+            total = self.bars.tasks[self.task].total or 1
+            self.bars.update(self.task, total=total, completed=total)
+
+
+@contextmanager
+def _progress() -> Iterator[_Bars]:
+    """Show progress on standard error, so that standard output stays for results."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[word]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        shown = _Bars(bars, console)
+        yield shown
+        shown._close()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP unwind like Ctrl-C, so that no process is left behind."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {n: signal.signal(n, interrupt) for n in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; every process was ended\n")
+        raise typer.Exit(130) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _today() -> date:
+    return datetime.now(UTC).date()
+
+
+def main() -> None:
+    """Run the command line; a known error is told in its own words, with its exit code."""
+    from shared_models.terminal import run_app
+
+    run_app(app)
+
+
+if __name__ == "__main__":
+    main()

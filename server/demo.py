@@ -1,0 +1,312 @@
+"""One command, a whole consortium on one machine: real processes, real TLS, real approvals.
+
+Everything is done as people will do it: each hospital makes its own keys and approves the plan with
+``consilia-site``, the coordinator starts a SuperLink, enrols the hospitals' nodes and submits the
+study through Flower. Every process is stopped at the end, on Ctrl-C and on an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from server import link, report, store
+from server.hospitals import DataSet, adopt, join, write_manifests
+from server.recipes import plan_for
+from shared_models import phantoms
+from shared_models import plan as plans
+from shared_models.contracts import StudyReport
+from shared_models.errors import MachineError, RunError
+from shared_models.plan import StudyPlan
+from shared_models.signing import create_key, public_key, sign
+
+NEEDED_BYTES = 300 * 2**20
+STOP_S = 8.0
+POLL_S = 0.2
+PHANTOM_NOTE = "The images are phantoms made for this demonstration; no patient is behind them."
+ONE_MACHINE_NOTE = (
+    "Demonstration: all hospitals ran as processes on one machine, and the coordinator saw the "
+    "manifests it handed out to them."
+)
+
+
+class Progress(Protocol):
+    """How the demonstration tells what it is doing."""
+
+    def stage(self, text: str, *, total: int | None = None) -> None:
+        """Begin a stage of ``total`` parts."""
+
+    def advance(self, done: int, text: str = "") -> None:
+        """Say how many parts are done, and a word on the last one."""
+
+
+class Options(NamedTuple):
+    """What the person asked for; ``data`` None means phantoms, ``epsilon`` None no privacy."""
+
+    out: Path
+    task: str
+    data: Path | None = None
+    num_rounds: int | None = None
+    epsilon: float | None = 8.0
+    seed: int = 0
+    num_phantoms: int | None = None
+    classes: tuple[str, ...] = ()
+
+
+def run(options: Options, progress: Progress) -> StudyReport:
+    """Run the demonstration and return its report; results lie in ``options.out``.
+
+    Raises:
+        ConsiliaError: with the cure; where the input was bad, nothing has been written.
+    """
+    check_room(options.out)
+    data = None if options.data is None else adopt(
+        options.data, task=options.task, classes=options.classes
+    )
+    made = not options.out.exists()
+    try:
+        data = data or _phantoms(options, progress)
+        with ExitStack() as stack:
+            _study(options, data, progress, stack)
+        return report.read(options.out / "report.json")
+    except OSError as error:
+        if made:
+            shutil.rmtree(options.out, ignore_errors=True)
+        raise MachineError(
+            f"cannot write to {options.out}: {error.strerror}; free some space or choose another --out"
+        ) from error
+
+
+def check_room(out: Path) -> None:
+    """Refuse an out folder that holds something, cannot be made, or has no space.
+
+    Raises:
+        MachineError: with the cure.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MachineError(f"{out} is not an empty folder; choose another --out or remove it")
+    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise MachineError(f"cannot write to {parent}; choose another --out")
+    free = shutil.disk_usage(parent).free
+    if free < NEEDED_BYTES:
+        raise MachineError(
+            f"{parent} has {free // 2**20} MB free, the demonstration needs "
+            f"{NEEDED_BYTES // 2**20}; free some space or choose another --out"
+        )
+
+
+def _phantoms(options: Options, progress: Progress) -> DataSet:
+    """Make three hospitals of phantom DICOM and join their manifests."""
+    folder = options.out / "phantoms"
+    folder.mkdir(parents=True)
+    progress.stage("writing phantom hospitals (DICOM)")
+    phantoms.write_hospitals(folder, seed=options.seed, num_patients=options.num_phantoms)
+    classes = phantoms.LABELS if options.task == "segmentation" else ("no lesion", "lesion")
+    return adopt(join(folder), task=options.task, classes=classes)
+
+
+def _study(options: Options, data: DataSet, progress: Progress, stack: ExitStack) -> None:
+    out, office = options.out, options.out / "coordinator"
+    office.mkdir(parents=True)
+    progress.stage("making certificates and keys")
+    key = create_key(office / "signing.pem")
+    tls = link.certificates(office / "tls", hosts=["127.0.0.1", "localhost"])
+    port = link.free_port()
+    site_dirs = {site: out / "sites" / site for site in data.sites}
+    write_manifests(data, site_dirs=site_dirs, validation=office / "validation.csv")
+    identities = _init_sites(options, data, site_dirs, tls, port, public_key(key))
+    plan = plan_for(
+        data,
+        name=f"demo-{options.task}",
+        task=options.task,
+        coordinator=public_key(key),
+        seed=options.seed,
+        epsilon=options.epsilon,
+        num_rounds=options.num_rounds,
+    )
+    (out / "plan.toml").write_text(plans.render(plan, sign(plan, key=key)), encoding="utf-8")
+    store.write_settings(out, _settings(options, data, office, identities))
+    progress.stage("starting the SuperLink; hospitals judge and approve the plan")
+    approvals = _start_approvals(out, site_dirs)
+    superlink = stack.enter_context(
+        link.superlink(office / "superlink", tls=tls, port=port, log_file=office / "superlink.log")
+    )
+    for site, identity in identities.items():
+        superlink.register(identity["node"], site)
+    _collect_approvals(out, approvals)
+    agents = stack.enter_context(_agents(site_dirs))
+    progress.stage("federated rounds", total=plan.training.num_rounds)
+    run_id = superlink.submit(link.thin_app(office / "app"), {"run-dir": str(out.resolve())})
+    _watch(out, plan, superlink, run_id, agents, progress)
+
+
+def _init_sites(
+    options: Options,
+    data: DataSet,
+    site_dirs: Mapping[str, Path],
+    tls: link.TlsFiles,
+    port: int,
+    coordinator: str,
+) -> dict[str, dict[str, str]]:
+    """Let each hospital make its own keys and configuration; return their public halves."""
+    started = {}
+    for site, folder in site_dirs.items():
+        arguments = ["init", str(folder), "--name", site, "--coordinator", coordinator]
+        arguments += ["--address", f"127.0.0.1:{port}", "--root-certificates", str(_authority(tls))]
+        arguments += ["--manifest", str((folder / "manifest.csv").resolve()), "--root", str(data.root)]
+        arguments += ["--max-epsilon", str(options.epsilon or 8.0), "--json"]
+        arguments += ["--allow-without-privacy"] if options.epsilon is None else []
+        started[site] = _site(arguments)
+    return {site: json.loads(_finished(process, site)) for site, process in started.items()}
+
+
+def _authority(tls: link.TlsFiles) -> Path:
+    return tls.authority.resolve()
+
+
+def _settings(
+    options: Options, data: DataSet, office: Path, identities: Mapping[str, Mapping[str, str]]
+) -> store.RunSettings:
+    is_phantom = options.data is None
+    return store.RunSettings(
+        signing_key=(office / "signing.pem").resolve(),
+        sites={
+            site: store.SiteKeys(signing=found["signing"], node=found["node"])
+            for site, found in identities.items()
+        },
+        validation_manifest=(office / "validation.csv").resolve(),
+        validation_root=data.root,
+        data=f"phantoms, seed {options.seed}" if is_phantom else f"the data set {data.root.name}",
+        notes=(ONE_MACHINE_NOTE, PHANTOM_NOTE) if is_phantom else (ONE_MACHINE_NOTE,),
+    )
+
+
+def _start_approvals(out: Path, site_dirs: Mapping[str, Path]) -> dict[str, subprocess.Popen[str]]:
+    """Let each hospital judge and countersign the plan, all at once."""
+    (out / "approvals").mkdir()
+    plan = str(out / "plan.toml")
+    return {
+        site: _site(
+            ["approve", plan, "--config", str(folder / "site.toml"), "--who", "demo", "--json"]
+        )
+        for site, folder in site_dirs.items()
+    }
+
+
+def _collect_approvals(out: Path, approvals: Mapping[str, subprocess.Popen[str]]) -> None:
+    for site, process in approvals.items():
+        (out / "approvals" / f"{site}.json").write_text(_finished(process, site), encoding="utf-8")
+
+
+def _watch(
+    out: Path,
+    plan: StudyPlan,
+    superlink: link.SuperLink,
+    run_id: int,
+    agents: Mapping[str, subprocess.Popen[bytes]],
+    progress: Progress,
+) -> None:
+    """Follow the run by its directory until it ends.
+
+    Raises:
+        RunError: if it failed, or a process it needs is gone.
+    """
+    shown, asked = 0, time.monotonic()
+    while not (out / "report.html").exists():
+        records = store.read_rounds(out)
+        if len(records) > shown:
+            shown = len(records)
+            _show(records, plan, progress)
+        if (out / "failed.txt").exists():
+            raise RunError((out / "failed.txt").read_text(encoding="utf-8").splitlines())
+        for site, process in agents.items():
+            if process.poll() is not None:
+                raise RunError(f"the agent of {site} ended; see {out / 'sites' / site / 'agent.log'}")
+        if time.monotonic() - asked > 5:
+            asked = time.monotonic()
+            state = superlink.status(run_id)
+            if state.is_finished and not (out / "report.html").exists():
+                time.sleep(1)
+                if not (out / "report.html").exists() and not (out / "failed.txt").exists():
+                    raise RunError(f"Flower ended the run without a report; see {out / 'coordinator'}")
+        time.sleep(POLL_S)
+
+
+def _show(records: Sequence[store.RoundRecord], plan: StudyPlan, progress: Progress) -> None:
+    last, trained = records[-1], sum(record.kind == "train" for record in records)
+    if last.kind == "train":
+        found = last.validation.metrics if last.validation else {}
+        progress.advance(trained, ", ".join(f"{k} {v:.3f}" for k, v in list(found.items())[:1]))
+        if trained == plan.training.num_rounds:
+            progress.stage("final evaluation at every hospital")
+    elif last.kind == "evaluate" and plan.compare_alone:
+        progress.stage("each hospital trains alone, for comparison")
+
+
+@contextmanager
+def _agents(site_dirs: Mapping[str, Path]) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+    """Run one ``consilia-site start`` for each hospital; stop them all at the end."""
+    agents: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for site, folder in site_dirs.items():
+            with (folder / "agent.log").open("wb") as log_file:
+                agents[site] = subprocess.Popen(
+                    [*_command(), "start", "--config", str(folder / "site.toml")],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log_file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        yield agents
+    finally:
+        _stop(list(agents.values()))
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + STOP_S
+    for process in processes:
+        try:
+            process.wait(timeout=max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _command() -> list[str]:
+    return [sys.executable, "-m", "client.cli"]
+
+
+def _site(arguments: Sequence[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*_command(), *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _finished(process: subprocess.Popen[str], site: str) -> str:
+    """Return what a command of a hospital printed.
+
+    Raises:
+        RunError: with what it said if it did not exit 0.
+    """
+    printed, complaint = process.communicate()
+    if process.returncode != 0:
+        lines = [line for line in (complaint + printed).splitlines() if line.strip()]
+        raise RunError([f"{site}: {line}" for line in lines[-10:]])
+    return printed
+
+

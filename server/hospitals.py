@@ -1,0 +1,196 @@
+"""A data set with a ``site`` column becomes hospitals for a demonstration.
+
+Reads ``manifest.csv`` of a folder and writes one manifest per site plus one for the coordinator's
+validation set, whose patients no site gets. Images stay where they are.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from shared_models.errors import DataError
+from shared_models.splits import SPLITS, split_of
+
+IMAGE_COLUMNS = ("image", "file")
+PATIENT_COLUMNS = ("patient", "patient_id", "source_id")
+MAP_COLUMNS = ("label", "mask")
+SITE_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")
+
+
+class DataSet(NamedTuple):
+    """Rows for the canonical manifest (image, patient, label, split, site), and what labels mean."""
+
+    root: Path
+    rows: tuple[dict[str, str], ...]
+    classes: tuple[str, ...]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the hospitals, sorted."""
+        return tuple(sorted({row["site"] for row in self.rows}))
+
+    def smallest_training_set(self) -> int:
+        """Training patients at the smallest hospital."""
+        return min(self.training_patients().values(), default=0)
+
+    def training_patients(self) -> Mapping[str, int]:
+        """Training patients at each hospital."""
+        pairs = {(r["site"], r["patient"]) for r in self.rows if r["split"] == "train"}
+        return Counter(site for site, _ in pairs)
+
+
+def join(folder: Path) -> Path:
+    """Write ``manifest.csv`` for all hospitals whose folders lie in ``folder``; return ``folder``."""
+    rows: list[dict[str, str]] = []
+    for manifest in sorted(folder.glob("*/manifest.csv")):
+        with manifest.open(newline="", encoding="utf-8") as handle:
+            for row in csv.DictReader(handle):
+                moved = {name: f"{manifest.parent.name}/{row[name]}" for name in ("image", "mask")}
+                rows.append(row | moved)
+    with (folder / "manifest.csv").open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+def adopt(data_dir: Path, *, task: str, classes: Sequence[str] = ()) -> DataSet:
+    """Read the data set in ``data_dir`` for ``task`` and check it before anything is started.
+
+    Args:
+        data_dir: holds ``manifest.csv``, with the columns image (or file), patient (or patient_id),
+            site, labels and, if it has one, split.
+        task: decides which column holds the labels.
+        classes: what to call the classes; by default they are named after the column or number.
+
+    Raises:
+        DataError: with every objection at once, without a patient's name.
+    """
+    manifest = data_dir / "manifest.csv"
+    if not data_dir.is_dir():
+        raise DataError(f"there is no folder {data_dir}")
+    if not manifest.is_file():
+        raise DataError(f"{data_dir} holds no manifest.csv; list its images there, one a line")
+    try:
+        with manifest.open(newline="", encoding="utf-8-sig") as handle:
+            records = list(csv.DictReader(handle))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cannot read {manifest} as CSV: {type(error).__name__}") from None
+    if not records:
+        raise DataError(f"{manifest} lists no images")
+    image, patient = _column(records, IMAGE_COLUMNS), _column(records, PATIENT_COLUMNS)
+    label = _label_column(records, task)
+    if "site" not in records[0]:
+        raise DataError(f"{manifest}: missing column site; it says which hospital an image is of")
+    rows = tuple(_row(r, image=image, patient=patient, label=label) for r in records)
+    _refuse(list(_objections(rows, data_dir, task=task)))
+    found = _classes(rows, data_dir, task=task, column=label)
+    if classes and len(classes) != len(found):
+        raise DataError(f"expected names for {len(found)} classes, got {len(classes)}")
+    return DataSet(data_dir.resolve(), rows, tuple(classes) or found)
+
+
+def write_manifests(data: DataSet, *, site_dirs: Mapping[str, Path], validation: Path) -> None:
+    """Write each site's ``manifest.csv`` (train and test) and the coordinator's (val)."""
+    for site, folder in site_dirs.items():
+        _write(folder / "manifest.csv", [r for r in data.rows if r["site"] == site and r["split"] != "val"])
+    _write(validation, [r for r in data.rows if r["split"] == "val"])
+
+
+def _write(file: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(
+            handle, ("image", "patient", "label", "split"), extrasaction="ignore", lineterminator="\n"
+        )
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _row(record: Mapping[str, str], *, image: str, patient: str, label: str) -> dict[str, str]:
+    name = (record[patient] or "").strip()
+    split = (record.get("split") or "").strip()
+    return {
+        "image": (record[image] or "").strip(),
+        "patient": name,
+        "label": (record[label] or "").strip(),
+        "split": split or split_of(name, key="consilia demo", test=0.2, val=0.1),
+        "site": (record["site"] or "").strip(),
+    }
+
+
+def _column(records: Sequence[Mapping[str, str]], names: Sequence[str]) -> str:
+    found = next((name for name in names if name in records[0]), None)
+    if found is None:
+        raise DataError(f"manifest.csv: missing column {names[0]}; looked for {', '.join(names)}")
+    return found
+
+
+def _label_column(records: Sequence[Mapping[str, str]], task: str) -> str:
+    """Maps: the column that holds them. Classes: the first whose every value is a small number."""
+    if task == "segmentation":
+        names = [n for n in MAP_COLUMNS if n in records[0] and not _are_classes(records, n)]
+        expected = f"a column with label maps, {' or '.join(MAP_COLUMNS)}"
+    else:
+        names = [n for n in records[0] if n not in ("site", "split") and _are_classes(records, n)]
+        expected = "a column of class numbers (0, 1, ...)"
+    if not names:
+        raise DataError(f"manifest.csv: expected {expected} for the task {task}")
+    return names[0]
+
+
+def _are_classes(records: Sequence[Mapping[str, str]], name: str) -> bool:
+    values = {(record[name] or "").strip() for record in records} - {""}
+    numbers = {int(v) for v in values if v.isascii() and v.isdigit()}
+    return len(numbers) == len(values) > 1 and numbers == set(range(len(numbers))) and len(numbers) < 100
+
+
+def _objections(rows: Sequence[Mapping[str, str]], root: Path, *, task: str) -> Iterator[str]:
+    for line, row in enumerate(rows, start=2):
+        if not row["image"] or not row["patient"]:
+            yield f"line {line}: expected an image and a patient"
+        elif not (root / row["image"]).exists():
+            yield f"line {line}: the image is missing from the folder; restore it or remove the line"
+        if not row["label"]:
+            yield f"line {line}: an image without a label"
+        elif task == "segmentation" and not (root / row["label"]).exists():
+            yield f"line {line}: the label map is missing from the folder"
+        if not SITE_NAME.match(row["site"]):
+            yield f"line {line}: expected a site name of letters, digits, - and _"
+        if row["split"] not in SPLITS:
+            yield f"line {line}: expected a split that is one of {', '.join(SPLITS)}"
+    sites = {row["site"] for row in rows}
+    if len(sites) < 2:
+        yield f"expected two or more sites, got {len(sites)}"
+    for site in sorted(sites):
+        for split in ("train", "test"):
+            if not any(r["site"] == site and r["split"] == split for r in rows):
+                yield f"site {site}: no patients in split {split}"
+    if not any(row["split"] == "val" for row in rows):
+        yield "no patients in split val; the coordinator validates on them"
+
+
+def _classes(
+    rows: Sequence[Mapping[str, str]], root: Path, *, task: str, column: str
+) -> tuple[str, ...]:
+    if task != "segmentation":
+        numbers = sorted({int(row["label"]) for row in rows})
+        return (f"no {column}", column) if len(numbers) == 2 else tuple(f"class {n}" for n in numbers)
+    from shared_models.volume import read_volume
+
+    largest = max(int(read_volume(root / row["label"]).data.max()) for row in rows[:40])
+    if not 0 < largest < 20:
+        raise DataError(f"expected label maps with values from 1 to 19, got up to {largest}")
+    return tuple(f"label {n}" for n in range(1, largest + 1))
+
+
+def _refuse(objections: Sequence[str]) -> None:
+    if len(objections) > 20:
+        objections = [*objections[:20], f"and {len(objections) - 20} more of the kind"]
+    if objections:
+        raise DataError(objections)

@@ -1,0 +1,120 @@
+"""The same study on one machine: functions instead of a network.
+
+Sites are found by entry point (``consilia.runtimes``), never imported: the coordinator's rooms know
+nothing of the hospital's. Given the same seed and no privacy noise, the weights are those of the
+networked run, bit for bit.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from server import store, study
+from server.rounds import Ask
+from shared_models import plan as plans
+from shared_models.contracts import StudyReport
+from shared_models.errors import DocumentError
+from shared_models.plan import SignedPlan, StudyPlan
+from shared_models.registry import find
+from shared_models.signing import public_key, sign
+from shared_models.wire import Letter
+
+AnswerLetter = Callable[[Letter], Letter]
+
+
+def simulate(
+    plan: StudyPlan,
+    site_dirs: Sequence[Path],
+    out: Path,
+    *,
+    validation_manifest: Path | None = None,
+    validation_root: Path | None = None,
+) -> StudyReport:
+    """Run ``plan`` over the sites whose ``site.toml`` stand in ``site_dirs``; results go to ``out``.
+
+    A key made for the occasion signs plan and orders; approvals and ledgers are kept in a temporary
+    folder, so that a rehearsal is neither charged nor mistaken for a study.
+
+    Raises:
+        ConsiliaError: if a site cannot be read or objects, all objections at once.
+    """
+    key = Ed25519PrivateKey.generate()
+    plan = plan.model_copy(update={"coordinator": public_key(key)})
+    signed = SignedPlan(plan, sign(plan, key=key))
+    with tempfile.TemporaryDirectory(prefix="consilia-") as scratch:
+        folder = Path(scratch)
+        answers, keys = _opened(site_dirs, signed, public_key(key), folder)
+        _prepare(out, signed, key, keys, folder, validation_manifest, validation_root)
+        return study.run(out, lambda _: ask_functions(answers))
+
+
+def ask_functions(answers: Mapping[str, AnswerLetter]) -> Ask:
+    """Return an ``ask`` that hands letters to functions, one site after the other, by name."""
+
+    def ask(letters: Mapping[str, Letter], deadline_s: float) -> Iterator[tuple[str, Letter | None]]:
+        for site in sorted(letters):
+            yield site, answers[site](letters[site])
+
+    return ask
+
+
+def _opened(
+    site_dirs: Sequence[Path], signed: SignedPlan, coordinator: str, folder: Path
+) -> tuple[dict[str, AnswerLetter], dict[str, str]]:
+    rehearse: Any = find("runtimes", "in-process", builtin={}, plugins=_own_distribution())
+    answers, keys = {}, {}
+    for site_dir in site_dirs:
+        config_file = site_dir / "site.toml" if site_dir.is_dir() else site_dir
+        seat = rehearse(config_file, signed=signed, coordinator=coordinator, state_dir=folder)
+        answers[seat.name], keys[seat.name] = seat.answer, seat.public_key
+    missing = sorted(set(signed.plan.sites) - set(answers))
+    if missing:
+        raise DocumentError(f"the plan names sites that were not given: {', '.join(missing)}")
+    return answers, keys
+
+
+def _prepare(
+    out: Path,
+    signed: SignedPlan,
+    key: Ed25519PrivateKey,
+    keys: Mapping[str, str],
+    folder: Path,
+    validation_manifest: Path | None,
+    validation_root: Path | None,
+) -> None:
+    """Lay out the run directory; the occasional key stays in the temporary folder."""
+    key_file = folder / "coordinator.pem"
+    key_file.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    (out / "approvals").mkdir(parents=True)
+    (out / "plan.toml").write_text(plans.render(*signed), encoding="utf-8")
+    for site in keys:
+        found = next((folder / site / "studies").glob("*/approval.json"))
+        (out / "approvals" / f"{site}.json").write_bytes(found.read_bytes())
+    store.write_settings(
+        out,
+        store.RunSettings(
+            signing_key=key_file,
+            sites={site: store.SiteKeys(signing=public) for site, public in keys.items()},
+            validation_manifest=validation_manifest,
+            validation_root=validation_root,
+            data="simulation in one process",
+        ),
+    )
+
+
+def _own_distribution() -> tuple[str, ...]:
+    from importlib.metadata import version
+
+    return (f"consilia=={version('consilia')}",)

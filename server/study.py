@@ -1,0 +1,195 @@
+"""A study from its run directory to its report, whoever carries the letters."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from server import report, rounds, store
+from server.release import release
+from server.rounds import Ask, Consortium
+from server.validate import Validator, final_report, initial_weights, open_validator, validate
+from shared_models.catalogue import STRATEGIES, objections
+from shared_models.contracts import (
+    RoundPoint,
+    RoundRecord,
+    SiteReply,
+    SiteResult,
+    StudyReport,
+    ValidationReport,
+)
+from shared_models.errors import ConsiliaError, RunError
+from shared_models.files import replace
+from shared_models.plan import SignedPlan, StudyPlan, render
+from shared_models.registry import find
+from shared_models.signing import digest, load_key
+from shared_models.weights import Weights
+
+log = logging.getLogger(__name__)
+
+SOFTWARE = ("consilia", "flwr", "torch", "monai", "opacus", "dp-accounting", "numpy")
+
+
+def run(run_dir: Path, connect: Callable[[dict[str, str]], Ask]) -> StudyReport:
+    """Run the study of ``run_dir`` and leave its model and report there.
+
+    Args:
+        run_dir: see ``store.py``.
+        connect: from the sites' node keys to what carries letters to them.
+
+    Raises:
+        ConsiliaError: with what a person should know; the same stands in ``failed.txt``.
+    """
+    try:
+        return _run(run_dir, connect)
+    except ConsiliaError as error:
+        replace(run_dir / "failed.txt", "\n".join(error.objections).encode())
+        raise
+    except Exception as error:
+        replace(run_dir / "failed.txt", f"the coordinator failed: {type(error).__name__}".encode())
+        raise
+
+
+def _run(run_dir: Path, connect: Callable[[dict[str, str]], Ask]) -> StudyReport:
+    started = time.monotonic()
+    signed, settings = store.read_plan(run_dir), store.read_settings(run_dir)
+    plan = signed.plan
+    found = objections(plan, today=datetime.now(UTC).date())
+    if found:
+        raise ConsiliaError(found)
+    approving = store.approving_sites(run_dir, signed, settings)
+    if len(approving) < plan.rounds.quorum:
+        raise RunError(
+            f"{len(approving)} sites have approved the plan, it needs {plan.rounds.quorum}; "
+            "ask the others to run consilia-site approve"
+        )
+    keys = {site: settings.sites[site] for site in approving}
+    consortium = Consortium(
+        load_key(settings.signing_key), {site: key.signing for site, key in keys.items()}
+    )
+    validator = open_validator(plan, settings)
+    ask = connect({site: key.node or "" for site, key in keys.items()})
+    weights, records = _rounds(run_dir, plan, ask, consortium=consortium, validator=validator)
+    final = final_report(validator, weights)
+    finished = _report(signed, settings, records, final, seconds=time.monotonic() - started)
+    manifest = release(
+        run_dir / "model", plan, weights, validation=final, sites=finished.sites
+    )
+    finished = finished.model_copy(update={"model_bytes": manifest.num_parameters * 4})
+    report.write(finished, run_dir)
+    return finished
+
+
+def _rounds(
+    run_dir: Path, plan: StudyPlan, ask: Ask, *, consortium: Consortium, validator: Validator
+) -> tuple[Weights, list[RoundRecord]]:
+    """Run all rounds, then the final evaluation and, if planned, training alone."""
+    strategy = find("strategies", plan.strategy.name, builtin=STRATEGIES)(**plan.strategy.params)
+    first = weights = initial_weights(validator)
+    records = []
+    for round_ in rounds.run(
+        plan,
+        weights,
+        ask,
+        consortium=consortium,
+        strategy=strategy,
+        validate=lambda new: validate(validator, new),
+    ):
+        weights = round_.weights
+        records.append(round_.record)
+        store.append_round(run_dir, round_.record)
+        log.info("round %d: %d sites", round_.record.round_ + 1, len(round_.record.replies))
+    tail = [("evaluate", weights)] + ([("alone", first)] if plan.compare_alone else [])
+    for kind, sent in tail:
+        record = rounds.ask_all(plan, sent, ask, kind=kind, consortium=consortium)  # type: ignore[arg-type]
+        records.append(record)
+        store.append_round(run_dir, record)
+    return weights, records
+
+
+def _report(
+    signed: SignedPlan,
+    settings: store.RunSettings,
+    records: list[RoundRecord],
+    final: ValidationReport,
+    *,
+    seconds: float,
+) -> StudyReport:
+    plan = signed.plan
+    task = find("tasks", plan.task.name, builtin=_tasks())(**plan.task.params)
+    return StudyReport(
+        study=digest(plan),
+        name=plan.name,
+        purpose=plan.purpose,
+        description=plan.description,
+        task=plan.task.name,
+        headline=task.headline,
+        created=datetime.now(UTC),
+        seed=plan.seed,
+        data=settings.data,
+        plan_toml=render(plan, signed.signature),
+        software={"python": platform.python_version(), **{name: version(name) for name in SOFTWARE}},
+        is_private=plan.privacy is not None,
+        sites=tuple(_site_result(site, plan, records) for site in plan.sites),
+        rounds=tuple(_point(record) for record in records if record.kind == "train"),
+        global_=final,
+        model_digest=final.weights_digest,
+        model_bytes=0,
+        seconds=round(seconds, 1),
+        notes=settings.notes,
+    )
+
+
+def _site_result(site: str, plan: StudyPlan, records: list[RoundRecord]) -> SiteResult:
+    """Gather what one site said over the study."""
+    said = [reply for record in records for reply in record.replies if reply.site == site]
+    last = _last(said, "evaluate")
+    alone = _last(said, "alone")
+    privacy = next((reply.privacy for reply in reversed(said) if reply.privacy), None)
+    evaluation = last.evaluation if last else None
+    apart = alone.evaluation if alone else None
+    return SiteResult(
+        name=site,
+        num_patients=max((reply.num_patients for reply in said), default=0),
+        metrics=evaluation.metrics if evaluation else {},
+        intervals=evaluation.intervals if evaluation else {},
+        num_test_patients=evaluation.num_patients if evaluation else 0,
+        alone=apart.metrics if apart else None,
+        alone_intervals=apart.intervals if apart else {},
+        epsilon=privacy.epsilon if privacy else None,
+        delta=privacy.delta if privacy else None,
+        unit=privacy.unit if privacy else None,
+        privacy=privacy,
+        refusals=tuple(r for record in records for r in record.refusals if r.site == site),
+    )
+
+
+def _point(record: RoundRecord) -> RoundPoint:
+    evaluated = {r.site: r.evaluation.metrics for r in record.replies if r.evaluation}
+    losses = {r.site: r.train_loss for r in record.replies if r.train_loss is not None}
+    return RoundPoint(
+        round_=record.round_,
+        validation=record.validation.metrics if record.validation else {},
+        sites=evaluated,
+        train_loss=losses,
+        seconds=record.seconds,
+        slowest_site_seconds=max((r.seconds for r in record.replies), default=0.0),
+        sent_bytes=record.sent_bytes,
+        received_bytes=record.received_bytes,
+        refused={r.site: r.code for r in record.refusals},
+    )
+
+
+def _last(said: list[SiteReply], kind: str) -> SiteReply | None:
+    return next((reply for reply in reversed(said) if reply.kind == kind), None)
+
+
+def _tasks() -> dict[str, str]:
+    from shared_models.tasks import BUILTIN
+
+    return BUILTIN

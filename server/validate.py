@@ -1,0 +1,115 @@
+"""Global validation on the coordinator's own held-out set, which no site holds."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from server.store import RunSettings
+from shared_models import cohort, nets, tasks
+from shared_models.cohort import Patient
+from shared_models.contracts import Evaluation, Picture, ValidationReport
+from shared_models.evaluation import evaluate
+from shared_models.nets.base import load_weights, weights_of
+from shared_models.plan import StudyPlan
+from shared_models.registry import find
+from shared_models.signing import digest
+from shared_models.tasks import Task
+from shared_models.tasks.base import Pixels
+from shared_models.weights import Array, Weights
+from shared_models.weights import digest as weights_digest
+from shared_models.weights import flatten
+
+NUM_PICTURES = 6
+#: Pictures are enlarged to at least this many pixels across.
+PICTURE_WIDTH = 160
+
+
+class Validator(NamedTuple):
+    """The study's net and task, and the coordinator's patients."""
+
+    plan: StudyPlan
+    task: Task
+    net: torch.nn.Module
+    patients: Sequence[Patient]
+
+
+def open_validator(plan: StudyPlan, settings: RunSettings) -> Validator:
+    """Read the coordinator's held-out images and make the plan's net.
+
+    Raises:
+        DataError: if the images cannot be used, with every objection at once.
+    """
+    torch.set_num_threads(settings.threads)
+    task = find("tasks", plan.task.name, builtin=tasks.BUILTIN)(**plan.task.params)
+    net = nets.make(plan.net.name, plan.net.params, seed=plan.seed, num_outputs=task.num_outputs)
+    if settings.validation_manifest is None:
+        return Validator(plan, task, net, ())
+    patients = cohort.load(
+        settings.validation_manifest,
+        root=settings.validation_root or settings.validation_manifest.parent,
+        plan=plan,
+        task=task,
+    )
+    return Validator(plan, task, net, [p for split in patients.values() for p in split])
+
+
+def initial_weights(validator: Validator) -> dict[str, Array]:
+    """Return the weights every study of this plan starts from: drawn from the plan's seed alone."""
+    plan = validator.plan
+    net = nets.make(
+        plan.net.name, plan.net.params, seed=plan.seed, num_outputs=validator.task.num_outputs
+    )
+    return weights_of(net)
+
+
+def validate(validator: Validator, weights: Weights, *, with_intervals: bool = False) -> Evaluation:
+    """Return the metrics of ``weights`` on the coordinator's patients."""
+    load_weights(validator.net, weights)
+    return evaluate(
+        validator.net, validator.patients, task=validator.task, with_intervals=with_intervals
+    )
+
+
+def final_report(validator: Validator, weights: Weights) -> ValidationReport:
+    """Return the metrics with intervals, and a few of the coordinator's images with predictions."""
+    found = validate(validator, weights, with_intervals=True)
+    return ValidationReport(
+        study=digest(validator.plan),
+        weights_digest=weights_digest(flatten(weights)),
+        metrics=found.metrics,
+        intervals=found.intervals,
+        num_patients=found.num_patients,
+        num_images=found.num_images,
+        pictures=tuple(_pictures(validator)),
+    )
+
+
+@torch.no_grad()
+def _pictures(validator: Validator) -> list[Picture]:
+    """Draw patients spread evenly over the set: not chosen by how well they went."""
+    patients = validator.patients
+    step = max(1, len(patients) // NUM_PICTURES)
+    pictures = []
+    validator.net.eval()
+    for patient in patients[::step][:NUM_PICTURES]:
+        index = len(patient.images) // 2
+        output = validator.net(patient.images[index : index + 1])[0]
+        pixels, caption = validator.task.picture(patient.images[index], patient.targets[index], output)
+        pictures.append(Picture(caption=caption, png_base64=_png(pixels)))
+    return pictures
+
+
+def _png(pixels: Pixels) -> str:
+    from PIL import Image
+
+    picture = Image.fromarray(pixels)
+    scale = max(1, -(-PICTURE_WIDTH // picture.width))
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,209 @@
+"""A manifest and its images become patients: what both a site and the coordinator train or test on.
+
+A manifest is a CSV beside (or above) the images with the columns ``image`` (a path relative to the
+root), ``patient``, ``label`` (a class, or the path of a label map) and, optionally, ``split``
+(train, val or test; otherwise a keyed hash of the patient decides). One row is one image; a row
+whose image is a folder is one DICOM series. For a two-dimensional net every slice is an image.
+
+Guarantees:
+    A patient is in one split only.
+    Every objection to a manifest is told at once, without a patient's name.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shared_models.errors import DataError
+from shared_models.imaging import pipeline
+from shared_models.plan import StudyPlan
+from shared_models.splits import SPLITS, Split, split_of
+from shared_models.tasks import Task
+from shared_models.volume import Volume, read_volume
+
+COLUMNS = ("image", "patient", "label")
+#: At most this many objections are spelled out.
+MOST_OBJECTIONS = 20
+
+
+class Row(NamedTuple):
+    """One line of a manifest."""
+
+    line: int
+    image: str
+    patient: str
+    label: str
+    split: str
+
+
+class Patient(NamedTuple):
+    """All images of one patient.
+
+    Attributes:
+        images: float32 (n, channel, [z,] y, x).
+        targets: int64 (n,) or (n, [z,] y, x).
+        spacing_mm: of each image, ([z,] y, x).
+    """
+
+    images: Tensor
+    targets: Tensor
+    spacing_mm: tuple[tuple[float, ...], ...]
+
+
+Cohort = dict[Split, list[Patient]]
+
+
+def load(
+    manifest: Path,
+    *,
+    root: Path,
+    plan: StudyPlan,
+    task: Task,
+    splits: Sequence[str] = SPLITS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Cohort:
+    """Read the images of ``manifest`` that belong to ``splits``, prepared as the plan says.
+
+    Args:
+        manifest: the CSV file.
+        root: what its paths are relative to.
+        plan: its imaging steps, net dimensions and seed are used.
+        task: how labels are understood.
+        splits: images of other splits are not opened.
+        progress: called with images done and images in all.
+
+    Raises:
+        DataError: with every objection at once.
+    """
+    rows = [row for row in read_rows(manifest, root=root, key=plan_key(plan)) if row.split in splits]
+    prepare = pipeline([(step.name, dict(step.params)) for step in plan.imaging])
+    spatial_dims = int(str(plan.net.params.get("spatial_dims", 2)))
+    grouped: dict[tuple[str, str], list[tuple[Tensor, Tensor, tuple[float, ...]]]] = {}
+    objections: list[str] = []
+    for done, row in enumerate(sorted(rows, key=lambda r: (r.patient, r.image))):
+        try:
+            examples = _examples(row, root=root, task=task, prepare=prepare, dims=spatial_dims)
+            grouped.setdefault((row.split, row.patient), []).extend(examples)
+        except (DataError, ValueError) as error:
+            objections.append(f"line {row.line}: {error}")
+        if progress is not None:
+            progress(done + 1, len(rows))
+    _refuse(objections)
+    cohort: Cohort = {"train": [], "val": [], "test": []}
+    for (split, _), examples in grouped.items():
+        cohort[split].append(_stacked(examples))  # type: ignore[index]
+    _refuse(_misfits(cohort))
+    return cohort
+
+
+def read_rows(manifest: Path, *, root: Path, key: str) -> list[Row]:
+    """Read a manifest and check everything that can be checked without opening an image.
+
+    Raises:
+        DataError: with every objection at once.
+    """
+    if not manifest.is_file():
+        raise DataError(f"there is no manifest {manifest}; expected a CSV with {', '.join(COLUMNS)}")
+    try:
+        with manifest.open(newline="", encoding="utf-8-sig") as handle:
+            reader = csv.DictReader(handle)
+            missing = [c for c in COLUMNS if c not in (reader.fieldnames or ())]
+            if missing:
+                raise DataError(f"{manifest.name}: missing column {', '.join(missing)}")
+            rows = [_row(record, line, key=key) for line, record in enumerate(reader, start=2)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cannot read {manifest.name} as CSV: {type(error).__name__}") from None
+    if not rows:
+        raise DataError(f"{manifest.name}: no images; expected at least one line below the header")
+    _refuse(_row_objections(rows, root=root))
+    return rows
+
+
+def plan_key(plan: StudyPlan) -> str:
+    """Return the key of the study's splits: its name, so that a new round of it keeps them."""
+    return f"consilia split {plan.name}"
+
+
+def _row(record: dict[str, str | None], line: int, *, key: str) -> Row:
+    image, patient, label = ((record.get(c) or "").strip() for c in COLUMNS)
+    split = (record.get("split") or "").strip() or split_of(patient, key=key)
+    return Row(line, image, patient, label, split)
+
+
+def _row_objections(rows: Sequence[Row], *, root: Path) -> Iterator[str]:
+    split_by_patient: dict[str, str] = {}
+    seen: set[str] = set()
+    for row in rows:
+        where = f"line {row.line}"
+        if not row.image or not row.patient:
+            yield f"{where}: expected an image and a patient; fill them in or remove the line"
+            continue
+        if not row.label:
+            yield f"{where}: an image without a label; add the label or remove the line"
+        if row.image in seen:
+            yield f"{where}: the image is listed twice; keep one line"
+        seen.add(row.image)
+        if row.split not in SPLITS:
+            yield f"{where}: expected a split that is one of {', '.join(SPLITS)}"
+        elif split_by_patient.setdefault(row.patient, row.split) != row.split:
+            yield f"{where}: a patient is in two splits; give all their images the same one"
+        if not (root / row.image).exists():
+            yield (
+                f"{where}: missing image: the file the manifest names (a label without an image) is "
+                "not there; restore it or remove the line"
+            )
+
+
+def _examples(
+    row: Row, *, root: Path, task: Task, prepare: Callable[..., Volume], dims: int
+) -> list[tuple[Tensor, Tensor, tuple[float, ...]]]:
+    """Return (image, target, spacing) for each image of a row: slices if ``dims`` is 2."""
+    original = read_volume(root / row.image)
+    volume = prepare(original)
+    image = torch.from_numpy(volume.data)[None]
+    if task.label_kind == "map":
+        label = read_volume(root / row.label)
+        if label.data.shape != original.data.shape:
+            raise DataError("the label map's grid is not the image's; export both on the same grid")
+        target = torch.from_numpy(task.encode_map(prepare(label, is_label=True).data))
+    else:
+        target = torch.tensor(task.encode_class(row.label))
+    if dims == 3:
+        return [(image, target, volume.spacing_mm)]
+    return [
+        (image[:, z], target[z] if target.ndim else target, volume.spacing_mm[1:])
+        for z in range(image.shape[1])
+    ]
+
+
+def _stacked(examples: Sequence[tuple[Tensor, Tensor, tuple[float, ...]]]) -> Patient:
+    images, targets, spacings = zip(*examples, strict=True)
+    if len({image.shape for image in images}) > 1:
+        raise DataError(
+            "images of one patient have different sizes; end the plan's imaging steps with "
+            "'resize' or 'crop-or-pad'"
+        )
+    return Patient(torch.stack(images).contiguous(), torch.stack(targets), tuple(spacings))
+
+
+def _misfits(cohort: Cohort) -> Iterator[str]:
+    sizes = {tuple(p.images.shape[1:]) for patients in cohort.values() for p in patients}
+    if len(sizes) > 1:
+        yield (
+            "the images have different sizes after the plan's imaging steps; end them with "
+            "'resize' or 'crop-or-pad'"
+        )
+
+
+def _refuse(objections: Iterator[str] | Sequence[str]) -> None:
+    found = list(objections)
+    if len(found) > MOST_OBJECTIONS:
+        found = [*found[:MOST_OBJECTIONS], f"and {len(found) - MOST_OBJECTIONS} more of the kind"]
+    if found:
+        raise DataError(found)

@@ -1,0 +1,348 @@
+"""Everything that crosses a hospital's boundary, as frozen values.
+
+A value that may leave a hospital is a field of a model in this file or of the plan in ``plan.py``;
+anything derived from a patient that is not here is only ever an argument. Unknown fields, NaN and
+infinities are refused; error messages never repeat the offending input.
+
+Design: one flat file, no inheritance beyond the shared settings. A field is never renamed or given
+a new meaning: add a field and raise ``schema_version``. The JSON schemas are golden files in
+``tests/golden/schemas``.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+SignatureValue = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
+MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,47}$")]
+Probability = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
+
+OrderKind = Literal["train", "evaluate", "alone"]
+EventPurpose = Literal["train", "alone"]
+
+
+class Contract(BaseModel):
+    """The settings every contract shares: frozen, closed, finite and silent about its input."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+        populate_by_name=True,
+    )
+
+
+# --- privacy: what was done, and what may be said about it
+
+
+class PrivacyEvent(Contract):
+    """A run of identical noisy steps over one cohort: what was done, never what it costs.
+
+    ``sample_rate`` is the probability with which each patient entered each step, independently
+    (Poisson). ``noise_multiplier`` is the noise's standard deviation over ``max_grad_norm``.
+    """
+
+    mechanism: Literal["gaussian"] = "gaussian"
+    sampler: Literal["poisson"] = "poisson"
+    relation: Literal["add-or-remove-one"] = "add-or-remove-one"
+    unit: Literal["patient"] = "patient"
+    purpose: EventPurpose = "train"
+    sample_rate: Annotated[float, Field(gt=0, le=1)]
+    noise_multiplier: Positive
+    max_grad_norm: Positive
+    images_per_patient: Annotated[int, Field(ge=1)]
+    steps: Annotated[int, Field(ge=1)]
+
+
+class PrivacyStatement(Contract):
+    """An epsilon with everything it needs to mean something.
+
+    ``epsilon`` is rounded up to four decimals; ``epsilon_rdp`` is a second, looser accountant's
+    answer to the same question. ``steps`` counts noisy steps, those of the comparison included.
+    """
+
+    epsilon: NonNegative
+    delta: Probability
+    unit: Literal["patient"] = "patient"
+    relation: Literal["add-or-remove-one"] = "add-or-remove-one"
+    sampler: Literal["poisson"] = "poisson"
+    mechanism: Literal["gaussian"] = "gaussian"
+    accountant: Literal["dp_accounting PLD, pessimistic"] = "dp_accounting PLD, pessimistic"
+    epsilon_rdp: NonNegative
+    noise_multiplier: Positive
+    sample_rate: Annotated[float, Field(gt=0, le=1)]
+    max_grad_norm: Positive
+    images_per_patient: Annotated[int, Field(ge=1)]
+    steps: Count
+    covers: str
+    does_not_cover: str
+
+
+# --- messages between coordinator and site
+
+
+class Signature(Contract):
+    """An Ed25519 signature over the canonical bytes of a contract (see ``signing.py``)."""
+
+    key: PublicKey
+    value: SignatureValue
+
+
+class RoundOrder(Contract):
+    """The coordinator asks one site for one thing in one round.
+
+    ``train``: evaluate the weights sent, then train from them and answer an update.
+    ``evaluate``: only evaluate the weights sent. ``alone``: train from the weights sent for the
+    whole study's steps with no help, keep the model, answer its metrics.
+    """
+
+    schema_version: Literal[1] = 1
+    study: Digest
+    round_: Annotated[int, Field(ge=0)]
+    kind: OrderKind
+    site: SiteName
+    weights_digest: Digest
+    issued_at: datetime
+    expires_at: datetime
+
+
+class Evaluation(Contract):
+    """Metrics over held-out patients, each with a 95 % bootstrap interval over patients.
+
+    A metric that cannot be computed (one class only, say) is absent.
+    """
+
+    metrics: dict[MetricName, float]
+    intervals: dict[MetricName, tuple[float, float]] = {}
+    num_patients: Count
+    num_images: Count
+
+
+class SiteReply(Contract):
+    """What a site answers to an order it obeyed. The update's arrays travel beside it."""
+
+    schema_version: Literal[1] = 1
+    study: Digest
+    round_: Annotated[int, Field(ge=0)]
+    kind: OrderKind
+    site: SiteName
+    num_patients: Count
+    train_loss: float | None = None
+    update_digest: Digest | None = None
+    evaluation: Evaluation | None = None
+    privacy: PrivacyStatement | None = None
+    seconds: NonNegative = 0.0
+
+
+RefusalCode = Literal[
+    "bad-order",
+    "bad-signature",
+    "not-approved",
+    "out-of-order",
+    "expired",
+    "policy",
+    "budget",
+    "too-few-patients",
+    "data",
+    "gate",
+    "failed",
+    "no-answer",
+    "bad-reply",
+]
+
+#: What each refusal means, for people. Only the code crosses the boundary.
+REFUSALS: dict[str, str] = {
+    "bad-order": "the order could not be read, or its weights do not match what it announces",
+    "bad-signature": "the order is not signed by the coordinator this site knows",
+    "not-approved": "this site has not approved this plan",
+    "out-of-order": "the order repeats or precedes a round this site has already answered",
+    "expired": "the order or the plan has expired",
+    "policy": "the plan breaks a rule of this site",
+    "budget": "the round would exceed the privacy budget",
+    "too-few-patients": "fewer patients than the plan or the site allows",
+    "data": "the site's data cannot be used for this plan",
+    "gate": "the result did not pass the site's outbound gate",
+    "failed": "training failed at the site; its journal says why",
+    "no-answer": "the site did not answer before the deadline",
+    "bad-reply": "the coordinator refused the site's reply: wrong shape, size, digest or value",
+}
+
+
+class Refusal(Contract):
+    """What a site answers when it does not obey: a code from a closed list, nothing else."""
+
+    schema_version: Literal[1] = 1
+    study: Digest
+    round_: Annotated[int, Field(ge=0)]
+    kind: OrderKind
+    site: SiteName
+    code: RefusalCode
+
+
+class Approval(Contract):
+    """A site's own decision about a plan, signed with the site's key (the second key)."""
+
+    schema_version: Literal[1] = 1
+    study: Digest
+    site: SiteName
+    decision: Literal["approved", "refused"]
+    who: Annotated[str, Field(min_length=1, max_length=120)]
+    when: datetime
+
+
+class Countersignature(Contract):
+    """An approval with the site's signature over it: what the coordinator must hold to order."""
+
+    approval: Approval
+    signature: Signature
+
+
+# --- what the coordinator keeps and publishes
+
+
+class RoundRecord(Contract):
+    """One line of ``rounds.jsonl``: what happened in one round."""
+
+    schema_version: Literal[1] = 1
+    round_: Count
+    kind: OrderKind
+    replies: tuple[SiteReply, ...]
+    refusals: tuple[Refusal, ...] = ()
+    validation: Evaluation | None = None
+    weights_digest: Digest
+    seconds: NonNegative
+    sent_bytes: Count
+    received_bytes: Count
+
+
+class Picture(Contract):
+    """A sample image of the coordinator's own held-out set with its prediction, as PNG."""
+
+    caption: str
+    png_base64: str
+
+
+class ValidationReport(Contract):
+    """Global validation on the coordinator's held-out set, which no site holds."""
+
+    schema_version: Literal[1] = 1
+    study: Digest
+    weights_digest: Digest
+    metrics: dict[MetricName, float]
+    intervals: dict[MetricName, tuple[float, float]] = {}
+    num_patients: Count
+    num_images: Count
+    pictures: tuple[Picture, ...] = ()
+
+
+class SiteResult(Contract):
+    """One hospital's lines in the report."""
+
+    name: SiteName
+    num_patients: Count
+    metrics: dict[MetricName, float]
+    intervals: dict[MetricName, tuple[float, float]] = {}
+    num_test_patients: Count
+    alone: dict[MetricName, float] | None = None
+    alone_intervals: dict[MetricName, tuple[float, float]] = {}
+    epsilon: NonNegative | None = None
+    delta: Probability | None = None
+    unit: Literal["patient"] | None = None
+    privacy: PrivacyStatement | None = None
+    refusals: tuple[Refusal, ...] = ()
+
+
+class RoundPoint(Contract):
+    """One point on the curves."""
+
+    round_: Count
+    validation: dict[MetricName, float]
+    sites: dict[SiteName, dict[MetricName, float]]
+    train_loss: dict[SiteName, float]
+    seconds: NonNegative
+    slowest_site_seconds: NonNegative
+    sent_bytes: Count
+    received_bytes: Count
+    refused: dict[SiteName, RefusalCode] = {}
+
+
+class StudyReport(Contract):
+    """``report.json``: the only thing ``report.html`` is made from."""
+
+    schema_version: Literal[1] = 1
+    study: Digest
+    name: str
+    purpose: str
+    description: str
+    task: str
+    headline: MetricName
+    created: datetime
+    seed: int
+    data: str
+    plan_toml: str
+    software: dict[str, str]
+    is_private: bool
+    sites: tuple[SiteResult, ...]
+    rounds: tuple[RoundPoint, ...]
+    global_: Annotated[ValidationReport, Field(alias="global")]
+    model_digest: Digest
+    model_bytes: Count
+    seconds: NonNegative
+    notes: tuple[str, ...] = ()
+
+
+class ReleaseManifest(Contract):
+    """What stands beside released weights: which study made them and how they were validated."""
+
+    schema_version: Literal[1] = 1
+    study: Digest
+    round_: Count
+    net: str
+    task: str
+    weights_digest: Digest
+    weights_file: str
+    num_parameters: Count
+    strategy: str
+    validation: Evaluation
+    privacy: dict[SiteName, PrivacyStatement]
+    intended_use: str
+
+
+class AuditReport(Contract):
+    """What ``consilia-audit`` found: every check with its verdict, offline."""
+
+    schema_version: Literal[1] = 1
+    subject: str
+    passed: tuple[str, ...]
+    failed: tuple[str, ...]
+
+
+CONTRACTS: tuple[type[Contract], ...] = (
+    PrivacyEvent,
+    PrivacyStatement,
+    Signature,
+    RoundOrder,
+    Evaluation,
+    SiteReply,
+    Refusal,
+    Approval,
+    Countersignature,
+    RoundRecord,
+    ValidationReport,
+    StudyReport,
+    ReleaseManifest,
+    AuditReport,
+)

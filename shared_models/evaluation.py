@@ -1,0 +1,82 @@
+"""Metrics over patients, with bootstrap intervals that resample patients and never images.
+
+Used by sites on their test patients and by the coordinator on its own.
+
+References:
+    Efron and Tibshirani 1993, An introduction to the bootstrap, chapter 13 (percentile interval).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shared_models.cohort import Patient
+from shared_models.contracts import Evaluation
+from shared_models.tasks import Task
+from shared_models.tasks.base import Scores
+
+NUM_RESAMPLES = 200
+MOST_IMAGES = 64
+
+
+def evaluate(
+    net: nn.Module,
+    patients: Sequence[Patient],
+    *,
+    task: Task,
+    device: str = "cpu",
+    with_intervals: bool = False,
+) -> Evaluation:
+    """Return the metrics of ``net`` on ``patients``; they are rounded to four decimals."""
+    scores = [score_patient(net, patient, task=task, device=device) for patient in patients]
+    return summarize(scores, task=task, with_intervals=with_intervals)
+
+
+def summarize(scores: Sequence[Scores], *, task: Task, with_intervals: bool) -> Evaluation:
+    """Turn the scores of each patient, (images, columns), into metrics."""
+    pooled = np.concatenate(scores) if scores else np.zeros((0, 1))
+    return Evaluation(
+        metrics=_rounded(task.metrics(pooled)),
+        intervals=_intervals(scores, task=task) if with_intervals and scores else {},
+        num_patients=len(scores),
+        num_images=len(pooled),
+    )
+
+
+@torch.no_grad()
+def score_patient(net: nn.Module, patient: Patient, *, task: Task, device: str = "cpu") -> Scores:
+    """Return the task's scores of one patient's images: float64 (images, columns)."""
+    net.to(device).eval()
+    parts = []
+    for images, targets, spacings in _parts(patient):
+        parts.append(task.score(net(images.to(device)).cpu(), targets, spacings))
+    return np.concatenate(parts)
+
+
+def _parts(patient: Patient) -> Iterator[tuple[Tensor, Tensor, tuple[float, ...]]]:
+    """Cut a patient into runs of images with one spacing, at most 64 images each."""
+    start = 0
+    for end in range(1, len(patient.images) + 1):
+        is_last = end == len(patient.images)
+        if is_last or end - start == MOST_IMAGES or patient.spacing_mm[end] != patient.spacing_mm[start]:
+            yield patient.images[start:end], patient.targets[start:end], patient.spacing_mm[start]
+            start = end
+
+
+def _intervals(scores: Sequence[Scores], *, task: Task) -> dict[str, tuple[float, float]]:
+    generator = np.random.Generator(np.random.PCG64(0))
+    draws: dict[str, list[float]] = {}
+    for _ in range(NUM_RESAMPLES):
+        chosen = generator.integers(0, len(scores), len(scores))
+        for name, value in task.metrics(np.concatenate([scores[i] for i in chosen])).items():
+            draws.setdefault(name, []).append(value)
+    bounds = {name: np.percentile(values, (2.5, 97.5)) for name, values in draws.items()}
+    return {name: (round(float(low), 4), round(float(high), 4)) for name, (low, high) in bounds.items()}
+
+
+def _rounded(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in metrics.items() if np.isfinite(value)}

@@ -1,0 +1,70 @@
+"""Write files so that a crash leaves the old content or the new, never half of either.
+
+Guarantees:
+    What ``replace`` or ``append_line`` wrote is on disk when it returns.
+    A crash during ``replace`` leaves the old content.
+    A line cut short by a crash is never glued to the next one.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from uuid import uuid4
+
+
+def replace(file: Path, content: bytes) -> None:
+    """Make ``content`` the content of ``file``, atomically and durably.
+
+    The content goes to a temporary sibling, reaches the disk, and takes the name in one step; then
+    the folder reaches the disk too. An existing file keeps its permissions.
+
+    Raises:
+        OSError: if the folder is missing, full or not writable; ``file`` is then as it was.
+    """
+    temporary = file.with_name(f".{file.name[:100]}.{uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as stream:
+            if file.exists():
+                os.fchmod(stream.fileno(), file.stat().st_mode & 0o777)
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(file.parent)
+
+
+def append_line(file: Path, line: str) -> None:
+    """Add ``line`` and a line end to ``file``, durably; the file is made if there is none.
+
+    A last line without its end was cut short by a crash, so nobody was told that it was written:
+    it is taken off first. Who must know of it reads the file before. One writer at a time.
+
+    Raises:
+        ValueError: if ``line`` holds a line end.
+        OSError: if the file cannot be written.
+    """
+    if "\n" in line or "\r" in line:
+        raise ValueError("expected one line, got a line end in it")
+    is_new = not file.exists()
+    with file.open("a+b") as stream:
+        stream.seek(0)
+        content = stream.read()
+        if not content.endswith(b"\n"):
+            stream.truncate(content.rfind(b"\n") + 1)
+        stream.write(line.encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    if is_new:
+        _sync_folder(file.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

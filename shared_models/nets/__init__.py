@@ -1,0 +1,45 @@
+"""Networks, one family per file, each trainable under differential privacy.
+
+``BUILTIN`` names each family's ``make(**params) -> torch.nn.Module``. No net keeps batch statistics
+or works in place: a patient's gradient must not depend on who else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from shared_models.registry import find
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+BUILTIN = {
+    "densenet": "shared_models.nets.densenet:make",
+    "unet": "shared_models.nets.unet:make",
+}
+
+
+def make(
+    name: str, params: Mapping[str, Any], *, seed: int, num_outputs: int, plugins: Collection[str] = ()
+) -> Module:
+    """Return the net called ``name`` with weights drawn from ``seed`` alone.
+
+    Args:
+        name: as in the plan.
+        params: the family's own parameters.
+        seed: the global random state is neither used nor changed.
+        num_outputs: output channels, which the task decides.
+        plugins: distributions whose nets may be used, as ``name==version``.
+
+    Raises:
+        ValueError: if the name or a parameter is unknown, or the net cannot be trained privately.
+    """
+    import torch
+
+    from shared_models.nets.base import made_private_ready
+
+    function = find("nets", name, builtin=BUILTIN, plugins=plugins)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return made_private_ready(function(num_outputs=num_outputs, **params))

@@ -1,0 +1,40 @@
+"""U-Net with group normalization (MONAI), for segmentation in two or three dimensions.
+
+References:
+    Ronneberger et al. 2015, U-Net, https://arxiv.org/abs/1505.04597. Kerfoot et al. 2019,
+    Left-ventricle quantification using residual U-Net (the variant MONAI builds).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.nn import Module
+
+
+def make(
+    *,
+    num_outputs: int,
+    spatial_dims: int = 2,
+    in_channels: int = 1,
+    channels: Sequence[int] = (8, 16, 32),
+    strides: Sequence[int] = (2, 2),
+    num_res_units: int = 0,
+    num_groups: int = 4,
+) -> Module:
+    """Return a U-Net: (batch, in_channels, [z,] y, x) to (batch, num_outputs, [z,] y, x).
+
+    Every spatial size must be divisible by the product of ``strides``.
+    """
+    from monai.networks.nets.unet import UNet
+
+    return UNet(
+        spatial_dims=spatial_dims,
+        in_channels=in_channels,
+        out_channels=num_outputs,
+        channels=tuple(channels),
+        strides=tuple(strides),
+        num_res_units=num_res_units,
+        act="relu",
+        norm=("group", {"num_groups": num_groups}),
+    )

@@ -1,0 +1,242 @@
+"""The study plan: one TOML document a hospital can read, judge and countersign.
+
+A study is data, not code. A plan names things from allow-lists (net, task, imaging steps, strategy)
+with parameters; any change to it is a new plan with a new digest. The coordinator's signature
+stands in the same file, in its last table, and is not part of what is signed.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tomli_w
+from pydantic import Field, ValidationError
+
+from shared_models.contracts import (
+    Contract,
+    Name,
+    NonNegative,
+    Positive,
+    PrivacyEvent,
+    Probability,
+    PublicKey,
+    Signature,
+    SiteName,
+)
+from shared_models.errors import DocumentError
+from shared_models.privacy import epsilon
+
+Purpose = Literal["demonstration", "research", "quality-assurance"]
+Scalar = bool | int | float | str
+Param = Scalar | tuple[Scalar, ...] | tuple[tuple[Scalar, ...], ...]
+Params = dict[Name, Param]
+
+
+class Choice(Contract):
+    """Something chosen by name from an allow-list, with its parameters."""
+
+    name: Name
+    params: Params = {}
+
+
+class Training(Contract):
+    """How every site trains in every round.
+
+    Each of ``steps_per_round`` steps draws every training patient with probability ``sample_rate``
+    and at most ``images_per_patient`` of a drawn patient's images. ``proximal_mu`` is FedProx's
+    pull towards the weights received (Li et al. 2020, eq. 2); 0 is FedAvg. The learning rate falls
+    from ``learning_rate`` in the first round to ``learning_rate_end`` in the last along a cosine.
+    ``flips`` mirrors whole batches left to right at random.
+    """
+
+    num_rounds: Annotated[int, Field(ge=1, le=10_000)]
+    steps_per_round: Annotated[int, Field(ge=1, le=100_000)]
+    sample_rate: Annotated[float, Field(gt=0, le=1)]
+    images_per_patient: Annotated[int, Field(ge=1, le=1000)] = 4
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Positive
+    learning_rate_end: Positive | None = None
+    weight_decay: NonNegative = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    proximal_mu: NonNegative = 0.0
+    flips: bool = False
+
+
+class PrivacyTerms(Contract):
+    """Patient-level differential privacy, as agreed.
+
+    ``noise_multiplier`` is the noise's standard deviation over ``max_grad_norm``; with it the whole
+    study must cost at most ``epsilon`` at ``delta``, which every site recomputes for itself.
+    """
+
+    unit: Literal["patient"] = "patient"
+    epsilon: Positive
+    delta: Probability
+    noise_multiplier: Positive
+    max_grad_norm: Positive
+
+
+class RoundTerms(Contract):
+    """How many sites a round needs, and how long it waits for them."""
+
+    quorum: Annotated[int, Field(ge=1)]
+    deadline_s: Annotated[float, Field(gt=0, le=7 * 24 * 3600)] = 600.0
+
+
+class StudyPlan(Contract):
+    """Everything a study does, agreed by all before it starts."""
+
+    schema_version: Literal[1] = 1
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    purpose: Purpose
+    description: Annotated[str, Field(max_length=2000)] = ""
+    coordinator: PublicKey
+    sites: Annotated[tuple[SiteName, ...], Field(min_length=1, max_length=1000)]
+    expires: date
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    min_patients: Annotated[int, Field(ge=2)] = 10
+    compare_alone: bool = False
+    task: Choice
+    net: Choice
+    imaging: tuple[Choice, ...] = ()
+    strategy: Choice
+    training: Training
+    rounds: RoundTerms
+    privacy: PrivacyTerms | None = None
+
+
+class SignedPlan(NamedTuple):
+    """A plan and the signature that stands in its file, if any."""
+
+    plan: StudyPlan
+    signature: Signature | None
+
+
+def planned_events(plan: StudyPlan) -> tuple[PrivacyEvent, ...]:
+    """Return what the whole plan will do to one site's cohort; empty without privacy terms.
+
+    Training alone, where the plan compares with it, costs as much again: its metrics leave.
+    """
+    if plan.privacy is None:
+        return ()
+    purposes = ("train", "alone") if plan.compare_alone else ("train",)
+    steps = plan.training.num_rounds * plan.training.steps_per_round
+    return tuple(event_of(plan, steps=steps, purpose=purpose) for purpose in purposes)
+
+
+def event_of(plan: StudyPlan, *, steps: int, purpose: Any = "train") -> PrivacyEvent:
+    """Return the event of ``steps`` noisy steps under ``plan``.
+
+    Raises:
+        ValueError: if the plan has no privacy terms.
+    """
+    if plan.privacy is None:
+        raise ValueError("expected a plan with privacy terms")
+    return PrivacyEvent(
+        purpose=purpose,
+        sample_rate=plan.training.sample_rate,
+        noise_multiplier=plan.privacy.noise_multiplier,
+        max_grad_norm=plan.privacy.max_grad_norm,
+        images_per_patient=plan.training.images_per_patient,
+        steps=steps,
+    )
+
+
+def own_objections(plan: StudyPlan, *, today: date) -> Iterator[str]:
+    """Yield what is wrong with a plan taken by itself, each as a sentence with its cure.
+
+    Names of nets, tasks, steps and strategies are checked by ``catalogue.objections``.
+    """
+    if plan.expires < today:
+        yield f"expires: the plan expired on {plan.expires}; propose a new one"
+    if len(set(plan.sites)) != len(plan.sites):
+        yield "sites: expected each site once"
+    if plan.rounds.quorum > len(plan.sites):
+        yield (
+            f"rounds.quorum: expected at most the {len(plan.sites)} sites of the plan, "
+            f"got {plan.rounds.quorum}"
+        )
+    if plan.privacy is not None:
+        cost = epsilon(planned_events(plan), delta=plan.privacy.delta)
+        if cost > plan.privacy.epsilon:
+            yield (
+                f"privacy.epsilon: the plan's steps and noise cost {cost:.4f} per patient at delta "
+                f"{plan.privacy.delta:g}, over the {plan.privacy.epsilon:g} it states; raise "
+                "noise_multiplier or plan fewer steps"
+            )
+
+
+def parse(text: str) -> SignedPlan:
+    """Read a plan from TOML.
+
+    Raises:
+        DocumentError: with every objection at once; it never repeats a value.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise DocumentError(f"the plan is not TOML: {error}") from error
+    signature = data.pop("signature", None)
+    try:
+        return SignedPlan(
+            StudyPlan.model_validate(data),
+            None if signature is None else Signature.model_validate(signature),
+        )
+    except ValidationError as error:
+        raise DocumentError(sentences(error, model=StudyPlan)) from error
+
+
+def read(file: Path) -> SignedPlan:
+    """Read a plan file.
+
+    Raises:
+        DocumentError: if it is missing, not TOML or no plan, with every objection at once.
+    """
+    return parse(read_text(file))
+
+
+def render(plan: StudyPlan, signature: Signature | None = None) -> str:
+    """Return the plan's TOML, with its signature in the last table if given."""
+    data = plan.model_dump(mode="json", exclude_none=True)
+    data["expires"] = plan.expires
+    if signature is not None:
+        data["signature"] = signature.model_dump()
+    return tomli_w.dumps(data)
+
+
+def read_text(file: Path) -> str:
+    """Read a UTF-8 text file, turning what can go wrong into one sentence."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DocumentError(f"there is no file {file}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DocumentError(f"cannot read {file} as text: {type(error).__name__}") from error
+
+
+def sentences(error: ValidationError, *, model: type[Contract]) -> list[str]:
+    """Turn pydantic's objections into sentences that name the field and never the value."""
+    lines = []
+    for problem in error.errors(include_input=False, include_url=False):
+        where = ".".join(str(part) for part in problem["loc"]) or model.__name__
+        if problem["type"] == "extra_forbidden":
+            known = ", ".join(sorted(_fields_at(model, problem["loc"][:-1])))
+            lines.append(f"{where}: unknown key; known here: {known}")
+        else:
+            lines.append(f"{where}: {problem['msg'][:1].lower()}{problem['msg'][1:]}")
+    return lines
+
+
+def _fields_at(model: type[Contract], path: tuple[int | str, ...]) -> list[str]:
+    for part in path:
+        field = model.model_fields.get(str(part))
+        if field is None:
+            continue
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        inner = [c for c in candidates if isinstance(c, type) and issubclass(c, Contract)]
+        model = inner[0] if inner else model
+    return list(model.model_fields)

@@ -1,0 +1,13 @@
+"""What a model is asked to do, and how well it did it: one file per task.
+
+``BUILTIN`` names each task's ``make(**params) -> Task``. See ``base.py`` for what a task is.
+"""
+
+from shared_models.tasks.base import Task
+
+BUILTIN = {
+    "classification": "shared_models.tasks.classification:make",
+    "segmentation": "shared_models.tasks.segmentation:make",
+}
+
+__all__ = ["BUILTIN", "Task"]

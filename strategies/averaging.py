@@ -1,0 +1,56 @@
+"""Weighted averages of updates.
+
+References:
+    McMahan et al. 2017, Communication-efficient learning of deep networks from decentralized data,
+    https://arxiv.org/abs/1602.05629. Li et al. 2020, Federated optimization in heterogeneous
+    networks, https://arxiv.org/abs/1812.06127.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from shared_models.weights import Array, Weights
+from strategies.base import State, Strategy, Update
+
+
+def fedavg() -> Strategy:
+    """Return the mean of the updates, weighted by each site's number of training patients.
+
+    Guarantees:
+        Memory does not grow with the number of sites.
+        The order of the sites changes nothing beyond the last bit.
+        Each weight moves no further than the site that moves it most.
+    """
+    return Strategy(_no_state, _average)
+
+
+def fedprox() -> Strategy:
+    """Return FedProx: the same mean; its pull towards the global weights acts at the sites.
+
+    The strength is the plan's ``training.proximal_mu``.
+    """
+    return fedavg()
+
+
+def _no_state(weights: Weights) -> State:
+    return {}
+
+
+def _average(
+    weights: Weights, updates: Iterable[Update], state: State
+) -> tuple[dict[str, Array], State]:
+    sums = {name: np.zeros(value.shape, np.float64) for name, value in weights.items()}
+    total = 0
+    for update in updates:
+        total += update.num_patients
+        for name, value in update.arrays.items():
+            sums[name] += update.num_patients * value.astype(np.float64)
+    if total <= 0:
+        raise ValueError("expected at least one update with patients, got none")
+    averaged = {
+        name: (value + sums[name] / total).astype(np.float32) for name, value in weights.items()
+    }
+    return averaged, state

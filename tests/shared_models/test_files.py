@@ -1,0 +1,64 @@
+"""Files are whole or absent, and lines are whole or refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from shared_models.files import append_line, replace
+
+
+def test_what_is_written_is_there_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    replace(file, b"old")
+    replace(file, b"new")
+    assert file.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_crash_while_replacing_leaves_the_old_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "report.json"
+    replace(file, b"old")
+
+    def crash(_: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", crash)
+    with pytest.raises(OSError, match="disk full"):
+        replace(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_replaced_file_keeps_its_permissions(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_bytes(b"old")
+    file.chmod(0o600)
+    replace(file, b"new")
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_lines_are_added_in_order(tmp_path: Path) -> None:
+    file = tmp_path / "rounds.jsonl"
+    append_line(file, "one")
+    append_line(file, "zwei ü")
+    assert file.read_text(encoding="utf-8") == "one\nzwei ü\n"
+
+
+@pytest.mark.parametrize(("before", "after"), [("one\ntw", "one\nthree\n"), ("on", "three\n")])
+def test_a_line_cut_short_by_a_crash_is_never_glued_to_the_next_one(
+    tmp_path: Path, before: str, after: str
+) -> None:
+    file = tmp_path / "rounds.jsonl"
+    file.write_text(before)
+    append_line(file, "three")
+    assert file.read_text() == after
+
+
+def test_a_line_end_inside_a_line_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="one line"):
+        append_line(tmp_path / "rounds.jsonl", "one\ntwo")
