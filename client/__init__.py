@@ -1,1 +1,1 @@
-""""""
+"""Everything that runs inside the hospital; it trusts nothing from outside."""

@@ -90,11 +90,11 @@ class FleetLink(NamedTuple):
     node_key: Path
 
 
-class _Incomplete(Exception):
+class _IncompleteError(Exception):
     """An object that is not there yet, or that the SuperLink would not store."""
 
 
-RETRIED = (httpx.HTTPError, ValueError, _Incomplete)
+RETRIED = (httpx.HTTPError, ValueError, _IncompleteError)
 
 
 def create_node_key(file: Path) -> str:
@@ -265,7 +265,7 @@ def _download(
             if not response.object_found:
                 raise DocumentError("a part of the order is missing")
             if not response.object_available:
-                raise _Incomplete
+                raise _IncompleteError
             contents[object_id] = response.object_content
             if sum(map(len, contents.values())) > MAX_ORDER_BYTES:
                 raise DocumentError(f"expected an order of at most {MAX_ORDER_BYTES} bytes")
@@ -330,7 +330,7 @@ def _upload(client: FleetHttpClient, reply: Message, *, seconds: float) -> Calla
             is_refused |= not client.PushObject(request).stored
             pending.pop(0)
         if is_refused:
-            raise _Incomplete
+            raise _IncompleteError
         return True
 
     return call

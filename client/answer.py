@@ -25,7 +25,16 @@ from shared_models.errors import ConsiliaError, DataError, LedgerError
 from shared_models.plan import SignedPlan, StudyPlan, event_of
 from shared_models.privacy import statement
 from shared_models.signing import load_key, public_key
-from shared_models.weights import Array, Schema, digest, schema_of, size_of, subtract, unflatten
+from shared_models.weights import (
+    Array,
+    Schema,
+    digest,
+    is_finite,
+    schema_of,
+    size_of,
+    subtract,
+    unflatten,
+)
 from shared_models.wire import Letter, seal, unseal
 
 log = logging.getLogger(__name__)
@@ -79,9 +88,7 @@ def open_site(config_file: Path) -> Callable[[Letter], Letter]:
     return lambda letter: answer(letter, site)
 
 
-def rehearse(
-    config_file: Path, *, signed: SignedPlan, coordinator: str, state_dir: Path
-) -> Seat:
+def rehearse(config_file: Path, *, signed: SignedPlan, coordinator: str, state_dir: Path) -> Seat:
     """Seat a site at a simulation on one machine.
 
     The site's data, rules and speed are its own; its approvals and ledger go to ``state_dir``, so
@@ -109,7 +116,9 @@ def answer(letter: Letter, site: Site) -> Letter:
         study = _admitted(order, vector, site)
         log.info("round %d: %s", order.round_, order.kind)
         result = _obey(order, unflatten(vector, study.schema), study, site)
-        passed = pass_out(result, order=order, plan=study.plan, site=site.config, schema=study.schema)
+        passed = pass_out(
+            result, order=order, plan=study.plan, site=site.config, schema=study.schema
+        )
         if isinstance(passed, tuple):
             site.last_round[order.study, order.kind] = order.round_
             return seal(passed[0], key=site.key, vector=passed[1])
@@ -140,6 +149,8 @@ def _opened(letter: Letter, site: Site) -> tuple[RoundOrder, Array]:
         raise Refused("bad-order", "the order is for another site")
     if digest(vector) != order.weights_digest:
         raise Refused("bad-order", "the weights are not those the order announces")
+    if not is_finite(vector):
+        raise Refused("bad-order", "the weights hold a number that is not finite")
     return order, vector
 
 
@@ -154,7 +165,9 @@ def _admitted(order: RoundOrder, vector: Array, site: Site) -> Study:
         raise Refused("expired", "the plan has expired")
     if order.round_ < site.last_round.get((order.study, order.kind), 0):
         raise Refused("out-of-order", "an earlier round than the last one answered")
-    if order.round_ > plan.training.num_rounds:
+    if order.kind == "alone" and not plan.compare_alone:
+        raise Refused("bad-order", "the plan does not compare with training alone")
+    if order.round_ > plan.training.num_rounds - (order.kind == "train"):
         raise Refused("out-of-order", "a later round than the plan has")
     if order.study not in site.studies:
         objections = judge(plan, site.config, today=_today())
@@ -201,7 +214,11 @@ def _obey(order: RoundOrder, weights: dict[str, Array], study: Study, site: Site
     plan, device = study.plan, device_of(site.config)
     torch.set_num_threads(site.config.performance.threads)
     net = nets.make(
-        plan.net.name, plan.net.params, seed=0, num_outputs=study.task.num_outputs
+        plan.net.name,
+        plan.net.params,
+        seed=0,
+        num_outputs=study.task.num_outputs,
+        plugins=site.config.policy.plugins,
     )
     load_weights(net, weights)
     started = time.monotonic()
@@ -211,7 +228,9 @@ def _obey(order: RoundOrder, weights: dict[str, Array], study: Study, site: Site
         return Result(len(train), time.monotonic() - started, evaluation=evaluation)
     if order.kind == "alone":
         privacy = _charge(order, study, site, rounds=plan.training.num_rounds)
-        loss = [_train(net, study, site, round_, "alone") for round_ in range(plan.training.num_rounds)]
+        loss = [
+            _train(net, study, site, round_, "alone") for round_ in range(plan.training.num_rounds)
+        ]
         evaluation = evaluate(net, test, task=study.task, device=device, with_intervals=True)
         return Result(
             len(train),

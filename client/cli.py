@@ -43,7 +43,7 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Make this hospital's keys and its commented site.toml; print the public keys."""
-    from client import config, setup
+    from client import setup
 
     try:
         identity = setup.create(
@@ -59,7 +59,8 @@ def init(
         )
     except FileExistsError as error:
         raise ConsiliaError(f"{error}; choose another folder") from error
-    config.read(folder / "site.toml")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     if as_json:
         print(identity.model_dump_json())
     else:
@@ -86,6 +87,8 @@ def approve(
     as_json: AsJson = False,
 ) -> None:
     """Countersign a plan, if this hospital's rules allow it. Only the hospital can do this."""
+    from pydantic import ValidationError
+
     from client import config as configs
     from client import studies
     from shared_models import plan as plans
@@ -95,7 +98,11 @@ def approve(
     objections = studies.objections(signed, site, today=_today())
     if objections:
         _verdict(objections, as_json=as_json)
-    found = studies.approve(signed, site, key=load_key(site.signing_key), who=who)
+    key = load_key(site.signing_key)
+    try:
+        found = studies.approve(signed, site, key=key, who=who)
+    except ValidationError as error:
+        raise typer.BadParameter("expected who approves in 1 to 120 characters") from error
     if as_json:
         print(found.model_dump_json())
     else:
@@ -107,17 +114,18 @@ def budget(config: ConfigFile = Path("site.toml"), as_json: AsJson = False) -> N
     """Show what each study, and all together, have cost this hospital's patients."""
     from client import config as configs
     from client import ledger
+    from shared_models.privacy import spent, studies_of
 
     site = configs.read(config)
     entries = ledger.read(site.state_dir)
     delta = site.policy.max_delta
-    spent = {study: ledger.spent(entries, study=study, delta=delta) for study in ledger.studies(entries)}
-    total = ledger.spent(entries, delta=delta)
+    costs = {s: spent(entries, study=s, delta=delta) for s in studies_of(entries)}
+    total = spent(entries, delta=delta)
     limits = site.policy
     if as_json:
-        print(json.dumps({"delta": delta, "unit": "patient", "studies": spent, "lifetime": total}))
+        print(json.dumps({"delta": delta, "unit": "patient", "studies": costs, "lifetime": total}))
         return
-    for study, cost in spent.items():
+    for study, cost in costs.items():
         print(f"study {study[:12]}  epsilon {cost:.4f} of {limits.max_epsilon_per_study:g}")
     print(f"all studies         epsilon {total:.4f} of {limits.max_epsilon_lifetime:g}")
     print(f"per patient, at delta {delta:g}; dp_accounting PLD, Poisson, add or remove one patient")
@@ -129,7 +137,9 @@ def start(config: ConfigFile = Path("site.toml")) -> None:
     from client import agent, answer
     from client import config as configs
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     site = configs.read(config)
     answer_letter = answer.open_site(config)

@@ -89,13 +89,23 @@ def read(file: Path) -> SiteConfig:
         DocumentError: with every objection at once; it never repeats a value.
     """
     try:
-        data = tomllib.loads(read_text(file))
-        config = SiteConfig.model_validate(data)
+        config = parse(read_text(file))
     except tomllib.TOMLDecodeError as error:
         raise DocumentError(f"{file} is not TOML: {error}") from error
+    return _absolute(config, file.resolve().parent)
+
+
+def parse(text: str) -> SiteConfig:
+    """Read the text of a ``site.toml``; its relative paths stay relative.
+
+    Raises:
+        tomllib.TOMLDecodeError: if it is not TOML.
+        DocumentError: with every objection at once; it never repeats a value.
+    """
+    try:
+        return SiteConfig.model_validate(tomllib.loads(text))
     except ValidationError as error:
         raise DocumentError(sentences(error, model=SiteConfig)) from error
-    return _absolute(config, file.resolve().parent)
 
 
 def _absolute(config: SiteConfig, base: Path) -> SiteConfig:

@@ -118,7 +118,10 @@ def opacus_engine(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         warnings.filterwarnings("ignore", category=FutureWarning)
-        wrapped = GradSampleModule(net, loss_reduction="sum")
+        try:
+            wrapped = GradSampleModule(net, loss_reduction="sum")
+        except NotImplementedError as error:
+            raise ValueError(f"expected layers without buffers: {error}") from error
         try:
             yield lambda batch: _clipped_sums(
                 wrapped, net, loss, batch, max_grad_norm=max_grad_norm, most_images=most_images
@@ -143,7 +146,7 @@ def _clipped_sums(
     for chunk, weight in _chunks(batch, most_images):
         wrapped.zero_grad(set_to_none=True)
         weighted = (loss(wrapped(chunk.images), chunk.targets) * weight).sum()
-        weighted.backward()
+        weighted.backward()  # type: ignore[no-untyped-call]
         per_patient = [
             _by_patient(_grad_sample(net, p), chunk.owner, chunk.num_patients) for p in parameters
         ]
@@ -163,8 +166,8 @@ def _grad_sample(net: nn.Module, parameter: nn.Parameter) -> Tensor:
     if found is None:
         name = next(n for n, p in net.named_parameters() if p is parameter)
         raise ValueError(
-            f"the parameter '{name}' received no per-image gradient; its layer cannot be protected: "
-            "freeze it or choose another net"
+            f"the parameter '{name}' received no per-image gradient; its layer cannot be "
+            "protected: freeze it or choose another net"
         )
     # A layer used more than once keeps one gradient for each use; they add up.
     return torch.stack(list(found)).sum(dim=0) if isinstance(found, list) else found

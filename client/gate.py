@@ -4,7 +4,9 @@ Guarantees:
     An update of another shape, size or kind than the plan's net never leaves.
     A number that is not finite never leaves.
     Under a plan with privacy terms nothing trained leaves without a charge in the ledger.
+    Under a plan with privacy terms the training loss never leaves, for it is not noised.
     A metric the site does not list never leaves, nor one over fewer patients than its minimum.
+    A metric is named by the site's list and the plan's classes, by nothing else.
 
 Design: the gate sees results only, not how they came about, and depends on nothing a study chooses
 but the plan itself. Any doubt is a refusal; what was wrong goes to the site's log, never out.
@@ -14,6 +16,8 @@ from __future__ import annotations
 
 import logging
 from typing import NamedTuple
+
+from pydantic import ValidationError
 
 from client.config import SiteConfig
 from shared_models import weights as weights_of
@@ -51,19 +55,11 @@ def pass_out(
             log.error("gate: %s", objection)
         return refusal(order, "gate")
     vector = None if result.update is None else weights_of.flatten(result.update)
-    reply = SiteReply(
-        study=order.study,
-        round_=order.round_,
-        kind=order.kind,
-        site=site.name,
-        num_patients=result.num_patients,
-        train_loss=None if result.train_loss is None else round(result.train_loss, 4),
-        update_digest=None if vector is None else weights_of.digest(vector),
-        evaluation=_redacted(result.evaluation, site),
-        privacy=result.privacy,
-        seconds=round(result.seconds, 2),
-    )
-    return reply, vector
+    try:
+        return _reply(result, vector, order=order, plan=plan, site=site), vector
+    except ValidationError:
+        log.error("gate: a number or a name that no reply may hold")
+        return refusal(order, "gate")
 
 
 def refusal(order: RoundOrder, code: str) -> Refusal:
@@ -79,6 +75,27 @@ def refusal(order: RoundOrder, code: str) -> Refusal:
     )
 
 
+def _reply(
+    result: Result, vector: Array | None, *, order: RoundOrder, plan: StudyPlan, site: SiteConfig
+) -> SiteReply:
+    """Make the reply from plain values, so that every one of them is checked once more."""
+    evaluation, privacy = _redacted(result.evaluation, plan, site), result.privacy
+    return SiteReply.model_validate(
+        {
+            "study": order.study,
+            "round_": order.round_,
+            "kind": order.kind,
+            "site": site.name,
+            "num_patients": result.num_patients,
+            "train_loss": None if result.train_loss is None else round(result.train_loss, 4),
+            "update_digest": None if vector is None else weights_of.digest(vector),
+            "evaluation": None if evaluation is None else evaluation.model_dump(warnings=False),
+            "privacy": None if privacy is None else privacy.model_dump(warnings=False),
+            "seconds": round(result.seconds, 2),
+        }
+    )
+
+
 def _objections(
     result: Result, *, order: RoundOrder, plan: StudyPlan, site: SiteConfig, schema: Schema
 ) -> list[str]:
@@ -88,10 +105,13 @@ def _objections(
         found.append("an update leaves with an order to train, and only then")
     if result.update is not None:
         found += _update_objections(result.update, schema, site.policy.max_update_mb)
+    if plan.privacy is not None and result.train_loss is not None:
+        found.append("the plan is private but the training loss is not noised")
     if is_trained and plan.privacy is not None and result.privacy is None:
         found.append("the plan is private but nothing was charged for this round")
     if result.privacy is not None and plan.privacy is not None:
-        if result.privacy.epsilon > min(plan.privacy.epsilon, site.policy.max_epsilon_per_study):
+        allowed = min(plan.privacy.epsilon, site.policy.max_epsilon_per_study)
+        if result.privacy.epsilon > allowed:
             found.append("the study's epsilon exceeds what plan and site allow")
     if is_trained and result.num_patients < max(plan.min_patients, site.policy.min_patients):
         found.append("fewer patients than the plan or the site allows")
@@ -111,18 +131,25 @@ def _update_objections(update: Weights, schema: Schema, max_mb: float) -> list[s
     return found
 
 
-def _redacted(evaluation: Evaluation | None, site: SiteConfig) -> Evaluation | None:
+def _redacted(
+    evaluation: Evaluation | None, plan: StudyPlan, site: SiteConfig
+) -> Evaluation | None:
     """Keep the metrics the site lists (``dice`` allows ``dice_<class>``), over enough patients."""
     if evaluation is None or evaluation.num_patients < site.policy.min_test_patients:
         return None
-    allowed = set(site.policy.metrics)
+    classes = _classes(plan)
+    listed = set(site.policy.metrics)
+    allowed = listed | {f"{metric}_{name}" for metric in listed for name in classes}
     return evaluation.model_copy(
         update={
-            "metrics": {k: v for k, v in evaluation.metrics.items() if _base(k) in allowed},
-            "intervals": {k: v for k, v in evaluation.intervals.items() if _base(k) in allowed},
+            "metrics": {k: v for k, v in evaluation.metrics.items() if k in allowed},
+            "intervals": {k: v for k, v in evaluation.intervals.items() if k in allowed},
         }
     )
 
 
-def _base(metric: str) -> str:
-    return metric.partition("_")[0]
+def _classes(plan: StudyPlan) -> set[str]:
+    """Return the plan's class names, written as the task writes them in metrics."""
+    given = plan.task.params.get("classes", ())
+    names = given if isinstance(given, tuple) else ()
+    return {"".join(c if c.isalnum() else "_" for c in str(n).lower()) for n in names}

@@ -6,7 +6,8 @@ asked for again is charged again.
 
 Design: a text file rather than a database, because an auditor can read it with any editor and an
 append with fsync is all the atomicity a reservation needs. A lock file keeps two processes from
-charging at once. A line cut short by a crash was never acted on and is refused loudly, not skipped.
+charging at once. What a ledger says is read by ``shared_models.privacy``, for site and auditor
+alike.
 
 Guarantees:
     Nothing is trained before its cost is on disk.
@@ -20,28 +21,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import NamedTuple
 
-from pydantic import Field, ValidationError
-
-from shared_models.contracts import Contract, Digest, PrivacyEvent
+from shared_models.contracts import PrivacyEvent, Reservation
 from shared_models.errors import LedgerError
 from shared_models.files import append_line
-from shared_models.privacy import epsilon
+from shared_models.privacy import events_of, parse_ledger, spent
 
 FILE = "ledger.jsonl"
 
 
-class Entry(Contract):
-    """One reservation: what one round of one study will do to this site's cohort."""
-
-    study: Digest
-    round_: Annotated[int, Field(ge=0)]
-    event: PrivacyEvent
-    when: datetime
-
-
-class Budget(Contract):
+class Budget(NamedTuple):
     """The most epsilon one study and all studies together may cost a patient, at ``delta``."""
 
     per_study: float
@@ -49,27 +39,14 @@ class Budget(Contract):
     delta: float
 
 
-def read(state_dir: Path) -> tuple[Entry, ...]:
+def read(state_dir: Path) -> tuple[Reservation, ...]:
     """Return all reservations, oldest first.
 
     Raises:
         LedgerError: if any line is broken; a ledger that cannot be read whole allows nothing.
     """
     file = state_dir / FILE
-    if not file.exists():
-        return ()
-    content = file.read_bytes()
-    if content and not content.endswith(b"\n"):
-        raise LedgerError(f"the last line of {file} was cut short; have it checked by hand")
-    try:
-        return tuple(Entry.model_validate_json(line) for line in content.splitlines())
-    except ValidationError as error:
-        raise LedgerError(f"{file} holds a line that is no reservation") from error
-
-
-def events(entries: tuple[Entry, ...], *, study: str | None = None) -> tuple[PrivacyEvent, ...]:
-    """Return the events of one study, or of all."""
-    return tuple(e.event for e in entries if study is None or e.study == study)
+    return parse_ledger(file.read_bytes()) if file.exists() else ()
 
 
 def reserve(
@@ -81,30 +58,20 @@ def reserve(
         LedgerError: if a budget would be exceeded, naming the epsilon that would be reached.
     """
     with _locked(state_dir):
-        entries = read(state_dir)
-        for text, limit, past in (
-            ("this study", budget.per_study, events(entries, study=study)),
-            ("this cohort's lifetime", budget.lifetime, events(entries)),
+        new = Reservation(study=study, round_=round_, event=event, when=datetime.now(UTC))
+        entries = (*read(state_dir), new)
+        for text, limit, counted in (
+            ("this study", budget.per_study, study),
+            ("this cohort's lifetime", budget.lifetime, None),
         ):
-            cost = epsilon((*past, event), delta=budget.delta)
+            cost = spent(entries, delta=budget.delta, study=counted)
             if cost > limit:
                 raise LedgerError(
                     f"the round would bring {text} to epsilon {cost:g} per patient, over the "
                     f"{limit:g} allowed at delta {budget.delta:g}"
                 )
-        entry = Entry(study=study, round_=round_, event=event, when=datetime.now(UTC))
-        append_line(state_dir / FILE, entry.model_dump_json())
-        return (*events(entries, study=study), event)
-
-
-def studies(entries: tuple[Entry, ...]) -> list[str]:
-    """Return the digests of the studies charged, in the order of their first charge."""
-    return list(dict.fromkeys(entry.study for entry in entries))
-
-
-def spent(entries: tuple[Entry, ...], *, delta: float, study: str | None = None) -> float:
-    """Return the epsilon of one study, or of all together, at ``delta``."""
-    return epsilon(events(entries, study=study), delta=delta)
+        append_line(state_dir / FILE, new.model_dump_json())
+        return events_of(entries, study=study)
 
 
 @contextmanager

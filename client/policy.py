@@ -34,7 +34,9 @@ def knows_coordinator(plan: StudyPlan, site: SiteConfig) -> str | None:
     """The plan's coordinator must be one this site trusts, by key."""
     if plan.coordinator in site.policy.coordinators:
         return None
-    return "coordinator: this site does not know the key; add it to policy.coordinators if it should"
+    return (
+        "coordinator: this site does not know the key; add it to policy.coordinators if it should"
+    )
 
 
 def allows_purpose(plan: StudyPlan, site: SiteConfig) -> str | None:
@@ -111,4 +113,6 @@ RULES: tuple[Rule, ...] = (
 def _among(where: str, value: str, allowed: tuple[str, ...]) -> str | None:
     if value in allowed:
         return None
-    return f"{where}: '{value}' is not allowed at this site; allowed: {', '.join(allowed) or 'none'}"
+    return (
+        f"{where}: '{value}' is not allowed at this site; allowed: {', '.join(allowed) or 'none'}"
+    )

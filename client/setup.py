@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from client import agent
+from client import agent, config
 from shared_models.contracts import Contract, PublicKey, SiteName
 from shared_models.files import replace
 from shared_models.signing import create_key, public_key
@@ -39,13 +39,14 @@ def create(
 
     Raises:
         FileExistsError: if the folder has keys or a configuration; nothing is overwritten.
+        ValueError: if a value is not printable text.
+        DocumentError: if a value does not belong in a ``site.toml``; nothing is made then.
     """
     config_file = folder / "site.toml"
     if config_file.exists():
-        raise FileExistsError(f"{config_file} exists; it is the hospital's and is never overwritten")
-    (folder / "keys").mkdir(parents=True, exist_ok=True)
-    node = agent.create_node_key(folder / "keys" / "node")
-    key = create_key(folder / "keys" / "signing.pem")
+        raise FileExistsError(
+            f"{config_file} exists; it is the hospital's and is never overwritten"
+        )
     text = config_text(
         name=name,
         coordinator=coordinator,
@@ -56,6 +57,10 @@ def create(
         allow_without_privacy=allow_without_privacy,
         max_epsilon=max_epsilon,
     )
+    config.parse(text)  # what was given is judged before anything is made
+    (folder / "keys").mkdir(parents=True, exist_ok=True)
+    node = agent.create_node_key(folder / "keys" / "node")
+    key = create_key(folder / "keys" / "signing.pem")
     replace(config_file, text.encode())
     return Identity(name=name, signing=public_key(key), node=node)
 

@@ -52,9 +52,10 @@ def train(
     task: Task,
     round_: int,
     randomness: Randomness,
-    performance: Performance = Performance(),
+    performance: Performance,
 ) -> Trained:
     """Train ``net`` in place for one round of ``plan``, with an optimizer made anew."""
+    net.to(performance.device).train()
     optimizer = _optimizer(net, plan.training, learning_rate(plan.training, round_))
     anchor = [p.detach().clone() for p in trainable(net)]
     losses, num_non_finite = [], 0
@@ -71,7 +72,7 @@ def train(
 
 
 def randomness_of(plan: StudyPlan, *, site: str, round_: int, purpose: str) -> Randomness:
-    """Return secure randomness under privacy terms, else the plan's seed for this site and round."""
+    """Return secure randomness under privacy terms, else that of the plan's seed and the round."""
     if plan.privacy is not None:
         return secure()
     return seeded(plan.seed, site, round_, purpose)
@@ -95,7 +96,7 @@ def draw(patients: Sequence[Patient], *, terms: Training, randomness: Randomness
     """
     drawn = np.flatnonzero(randomness.uniform(len(patients)) < terms.sample_rate)
     images, targets, owner = [], [], []
-    for position, index in enumerate(drawn):
+    for position, index in enumerate(drawn.tolist()):
         patient = patients[index]
         order = np.argsort(randomness.uniform(len(patient.images)))[: terms.images_per_patient]
         images.append(patient.images[order])
@@ -122,7 +123,6 @@ def _engine(
     autocast = torch.autocast(
         torch.device(performance.device).type, torch.bfloat16, enabled=performance.autocast
     )
-    net.to(performance.device).train()
     with (
         autocast,
         engine(net, loss, max_grad_norm=norm, most_images=performance.most_images) as gradient_of,
@@ -171,5 +171,8 @@ def _optimizer(net: nn.Module, terms: Training, rate: float) -> torch.optim.Opti
 
 def _moved(batch: Batch, device: str) -> Batch:
     return Batch(
-        batch.images.to(device), batch.targets.to(device), batch.owner.to(device), batch.num_patients
+        batch.images.to(device),
+        batch.targets.to(device),
+        batch.owner.to(device),
+        batch.num_patients,
     )

@@ -1,1 +1,1 @@
-""""""
+"""The coordinator: it asks, aggregates, validates, releases; it never sees an image of a site."""

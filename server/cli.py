@@ -69,7 +69,9 @@ def demo(
 @app.command()
 def simulate(
     plan: PlanFile,
-    more: Annotated[list[Path] | None, typer.Argument(metavar="[DIR]...", help="More sites.")] = None,
+    more: Annotated[
+        list[Path] | None, typer.Argument(metavar="[DIR]...", help="More sites.")
+    ] = None,
     sites: Annotated[
         list[Path] | None, typer.Option(help="Folders with a site.toml each: --sites A B C.")
     ] = None,
@@ -82,7 +84,7 @@ def simulate(
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a plan in this process, without a network: the same rounds, functions instead of sites."""
+    """Run a plan in this process: the same rounds, functions instead of a network."""
     from server import demo as demos
     from server.simulate import simulate as run
     from shared_models import plan as plans
@@ -130,7 +132,7 @@ def sign(
     plan: PlanFile,
     key: Annotated[Path, typer.Option(help="The coordinator's signing key (PEM).")],
 ) -> None:
-    """Sign a plan in place, once nothing is wrong with it. Any later change breaks the signature."""
+    """Sign a plan in place, once nothing is wrong with it; any later change breaks it."""
     from shared_models import plan as plans
     from shared_models import signing
     from shared_models.catalogue import objections

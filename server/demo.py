@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -23,7 +23,7 @@ from server.hospitals import DataSet, adopt, join, write_manifests
 from server.recipes import plan_for
 from shared_models import phantoms
 from shared_models import plan as plans
-from shared_models.contracts import StudyReport
+from shared_models.contracts import RoundRecord, StudyReport
 from shared_models.errors import MachineError, RunError
 from shared_models.plan import StudyPlan
 from shared_models.signing import create_key, public_key, sign
@@ -68,8 +68,10 @@ def run(options: Options, progress: Progress) -> StudyReport:
         ConsiliaError: with the cure; where the input was bad, nothing has been written.
     """
     check_room(options.out)
-    data = None if options.data is None else adopt(
-        options.data, task=options.task, classes=options.classes
+    data = (
+        None
+        if options.data is None
+        else adopt(options.data, task=options.task, classes=options.classes)
     )
     made = not options.out.exists()
     try:
@@ -81,7 +83,8 @@ def run(options: Options, progress: Progress) -> StudyReport:
         if made:
             shutil.rmtree(options.out, ignore_errors=True)
         raise MachineError(
-            f"cannot write to {options.out}: {error.strerror}; free some space or choose another --out"
+            f"cannot write to {options.out}: {error.strerror}; free some space or choose another "
+            "--out"
         ) from error
 
 
@@ -162,7 +165,12 @@ def _init_sites(
     for site, folder in site_dirs.items():
         arguments = ["init", str(folder), "--name", site, "--coordinator", coordinator]
         arguments += ["--address", f"127.0.0.1:{port}", "--root-certificates", str(_authority(tls))]
-        arguments += ["--manifest", str((folder / "manifest.csv").resolve()), "--root", str(data.root)]
+        arguments += [
+            "--manifest",
+            str((folder / "manifest.csv").resolve()),
+            "--root",
+            str(data.root),
+        ]
         arguments += ["--max-epsilon", str(options.epsilon or 8.0), "--json"]
         arguments += ["--allow-without-privacy"] if options.epsilon is None else []
         started[site] = _site(arguments)
@@ -230,18 +238,22 @@ def _watch(
             raise RunError((out / "failed.txt").read_text(encoding="utf-8").splitlines())
         for site, process in agents.items():
             if process.poll() is not None:
-                raise RunError(f"the agent of {site} ended; see {out / 'sites' / site / 'agent.log'}")
+                raise RunError(
+                    f"the agent of {site} ended; see {out / 'sites' / site / 'agent.log'}"
+                )
         if time.monotonic() - asked > 5:
             asked = time.monotonic()
             state = superlink.status(run_id)
             if state.is_finished and not (out / "report.html").exists():
                 time.sleep(1)
                 if not (out / "report.html").exists() and not (out / "failed.txt").exists():
-                    raise RunError(f"Flower ended the run without a report; see {out / 'coordinator'}")
+                    raise RunError(
+                        f"Flower ended the run without a report; see {out / 'coordinator'}"
+                    )
         time.sleep(POLL_S)
 
 
-def _show(records: Sequence[store.RoundRecord], plan: StudyPlan, progress: Progress) -> None:
+def _show(records: Sequence[RoundRecord], plan: StudyPlan, progress: Progress) -> None:
     last, trained = records[-1], sum(record.kind == "train" for record in records)
     if last.kind == "train":
         found = last.validation.metrics if last.validation else {}
@@ -308,5 +320,3 @@ def _finished(process: subprocess.Popen[str], site: str) -> str:
         lines = [line for line in (complaint + printed).splitlines() if line.strip()]
         raise RunError([f"{site}: {line}" for line in lines[-10:]])
     return printed
-
-

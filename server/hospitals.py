@@ -23,7 +23,7 @@ SITE_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")
 
 
 class DataSet(NamedTuple):
-    """Rows for the canonical manifest (image, patient, label, split, site), and what labels mean."""
+    """Rows (image, patient, label, split, site) for manifests, and what the labels mean."""
 
     root: Path
     rows: tuple[dict[str, str], ...]
@@ -45,7 +45,7 @@ class DataSet(NamedTuple):
 
 
 def join(folder: Path) -> Path:
-    """Write ``manifest.csv`` for all hospitals whose folders lie in ``folder``; return ``folder``."""
+    """Write ``manifest.csv`` for all hospitals whose folders lie in ``folder``; return it."""
     rows: list[dict[str, str]] = []
     for manifest in sorted(folder.glob("*/manifest.csv")):
         with manifest.open(newline="", encoding="utf-8") as handle:
@@ -98,7 +98,10 @@ def adopt(data_dir: Path, *, task: str, classes: Sequence[str] = ()) -> DataSet:
 def write_manifests(data: DataSet, *, site_dirs: Mapping[str, Path], validation: Path) -> None:
     """Write each site's ``manifest.csv`` (train and test) and the coordinator's (val)."""
     for site, folder in site_dirs.items():
-        _write(folder / "manifest.csv", [r for r in data.rows if r["site"] == site and r["split"] != "val"])
+        _write(
+            folder / "manifest.csv",
+            [r for r in data.rows if r["site"] == site and r["split"] != "val"],
+        )
     _write(validation, [r for r in data.rows if r["split"] == "val"])
 
 
@@ -106,7 +109,10 @@ def _write(file: Path, rows: Sequence[Mapping[str, str]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(
-            handle, ("image", "patient", "label", "split"), extrasaction="ignore", lineterminator="\n"
+            handle,
+            ("image", "patient", "label", "split"),
+            extrasaction="ignore",
+            lineterminator="\n",
         )
         writer.writeheader()
         writer.writerows(rows)
@@ -147,7 +153,11 @@ def _label_column(records: Sequence[Mapping[str, str]], task: str) -> str:
 def _are_classes(records: Sequence[Mapping[str, str]], name: str) -> bool:
     values = {(record[name] or "").strip() for record in records} - {""}
     numbers = {int(v) for v in values if v.isascii() and v.isdigit()}
-    return len(numbers) == len(values) > 1 and numbers == set(range(len(numbers))) and len(numbers) < 100
+    return (
+        len(numbers) == len(values) > 1
+        and numbers == set(range(len(numbers)))
+        and len(numbers) < 100
+    )
 
 
 def _objections(rows: Sequence[Mapping[str, str]], root: Path, *, task: str) -> Iterator[str]:
@@ -155,7 +165,7 @@ def _objections(rows: Sequence[Mapping[str, str]], root: Path, *, task: str) -> 
         if not row["image"] or not row["patient"]:
             yield f"line {line}: expected an image and a patient"
         elif not (root / row["image"]).exists():
-            yield f"line {line}: the image is missing from the folder; restore it or remove the line"
+            yield f"line {line}: the image is missing; restore it or remove the line"
         if not row["label"]:
             yield f"line {line}: an image without a label"
         elif task == "segmentation" and not (root / row["label"]).exists():
@@ -180,7 +190,9 @@ def _classes(
 ) -> tuple[str, ...]:
     if task != "segmentation":
         numbers = sorted({int(row["label"]) for row in rows})
-        return (f"no {column}", column) if len(numbers) == 2 else tuple(f"class {n}" for n in numbers)
+        return (
+            (f"no {column}", column) if len(numbers) == 2 else tuple(f"class {n}" for n in numbers)
+        )
     from shared_models.volume import read_volume
 
     largest = max(int(read_volume(root / row["label"]).data.max()) for row in rows[:40])

@@ -6,7 +6,6 @@ beside its place and moved there whole.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +51,7 @@ def release(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    weights_of.save(partial / WEIGHTS, weights, metadata={"study": manifest.study})
+    weights_of.save(partial / WEIGHTS, weights)
     replace(partial / "manifest.json", manifest.model_dump_json(indent=2).encode())
-    os.replace(partial, folder)
+    partial.replace(folder)
     return manifest

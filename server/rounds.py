@@ -121,7 +121,7 @@ def ask_all(
     kind: OrderKind,
     consortium: Consortium,
 ) -> RoundRecord:
-    """Ask every site to evaluate ``weights``, or to train alone from them; nothing is aggregated."""
+    """Ask every site to evaluate ``weights``, or to train alone from them; aggregate nothing."""
     started, round_ = time.monotonic(), plan.training.num_rounds
     orders = orders_for(plan, weights, kind=kind, round_=round_, consortium=consortium)
     answers = list(answered(ask, orders, plan=plan, weights=weights, consortium=consortium))
@@ -247,5 +247,7 @@ def _deadline_s(plan: StudyPlan, kind: OrderKind) -> float:
 
 def _shortfall(plan: StudyPlan, answers: list[Answer], round_: int) -> list[str]:
     replies = sum(isinstance(a.said, SiteReply) for a in answers)
-    lines = [f"round {round_}: {replies} of {len(answers)} sites, the plan needs {plan.rounds.quorum}"]
+    lines = [
+        f"round {round_}: {replies} of {len(answers)} sites, the plan needs {plan.rounds.quorum}"
+    ]
     return lines + [f"{a.said.site}: {a.said.code}" for a in answers if isinstance(a.said, Refusal)]

@@ -36,7 +36,7 @@ def simulate(
     validation_manifest: Path | None = None,
     validation_root: Path | None = None,
 ) -> StudyReport:
-    """Run ``plan`` over the sites whose ``site.toml`` stand in ``site_dirs``; results go to ``out``.
+    """Run ``plan`` over the sites whose ``site.toml`` stand in ``site_dirs``, into ``out``.
 
     A key made for the occasion signs plan and orders; approvals and ledgers are kept in a temporary
     folder, so that a rehearsal is neither charged nor mistaken for a study.
@@ -57,7 +57,9 @@ def simulate(
 def ask_functions(answers: Mapping[str, AnswerLetter]) -> Ask:
     """Return an ``ask`` that hands letters to functions, one site after the other, by name."""
 
-    def ask(letters: Mapping[str, Letter], deadline_s: float) -> Iterator[tuple[str, Letter | None]]:
+    def ask(
+        letters: Mapping[str, Letter], deadline_s: float
+    ) -> Iterator[tuple[str, Letter | None]]:
         for site in sorted(letters):
             yield site, answers[site](letters[site])
 

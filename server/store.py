@@ -1,12 +1,12 @@
 """The coordinator's run directory: one study, one folder.
 
-    plan.toml               the signed plan
-    run.json                this machine's settings for it (RunSettings)
-    approvals/<site>.json   the sites' countersignatures
-    rounds.jsonl            one RoundRecord a line, flushed as rounds end
-    model/                  the released weights and their manifest
-    report.json, report.html
-    failed.txt              only if the run failed: the sentences a person should read
+plan.toml               the signed plan
+run.json                this machine's settings for it (RunSettings)
+approvals/<site>.json   the sites' countersignatures
+rounds.jsonl            one RoundRecord a line, flushed as rounds end
+model/                  the released weights and their manifest
+report.json, report.html
+failed.txt              only if the run failed: the sentences a person should read
 """
 
 from __future__ import annotations

@@ -77,9 +77,7 @@ def _run(run_dir: Path, connect: Callable[[dict[str, str]], Ask]) -> StudyReport
     weights, records = _rounds(run_dir, plan, ask, consortium=consortium, validator=validator)
     final = final_report(validator, weights)
     finished = _report(signed, settings, records, final, seconds=time.monotonic() - started)
-    manifest = release(
-        run_dir / "model", plan, weights, validation=final, sites=finished.sites
-    )
+    manifest = release(run_dir / "model", plan, weights, validation=final, sites=finished.sites)
     finished = finished.model_copy(update={"model_bytes": manifest.num_parameters * 4})
     report.write(finished, run_dir)
     return finished
@@ -90,7 +88,8 @@ def _rounds(
 ) -> tuple[Weights, list[RoundRecord]]:
     """Run all rounds, then the final evaluation and, if planned, training alone."""
     strategy = find("strategies", plan.strategy.name, builtin=STRATEGIES)(**plan.strategy.params)
-    first = weights = initial_weights(validator)
+    first: Weights = initial_weights(validator)
+    weights = first
     records = []
     for round_ in rounds.run(
         plan,
@@ -133,7 +132,10 @@ def _report(
         seed=plan.seed,
         data=settings.data,
         plan_toml=render(plan, signed.signature),
-        software={"python": platform.python_version(), **{name: version(name) for name in SOFTWARE}},
+        software={
+            "python": platform.python_version(),
+            **{name: version(name) for name in SOFTWARE},
+        },
         is_private=plan.privacy is not None,
         sites=tuple(_site_result(site, plan, records) for site in plan.sites),
         rounds=tuple(_point(record) for record in records if record.kind == "train"),

@@ -20,9 +20,8 @@ from shared_models.registry import find
 from shared_models.signing import digest
 from shared_models.tasks import Task
 from shared_models.tasks.base import Pixels
-from shared_models.weights import Array, Weights
+from shared_models.weights import Array, Weights, flatten
 from shared_models.weights import digest as weights_digest
-from shared_models.weights import flatten
 
 NUM_PICTURES = 6
 #: Pictures are enlarged to at least this many pixels across.
@@ -99,7 +98,9 @@ def _pictures(validator: Validator) -> list[Picture]:
     for patient in patients[::step][:NUM_PICTURES]:
         index = len(patient.images) // 2
         output = validator.net(patient.images[index : index + 1])[0]
-        pixels, caption = validator.task.picture(patient.images[index], patient.targets[index], output)
+        pixels, caption = validator.task.picture(
+            patient.images[index], patient.targets[index], output
+        )
         pictures.append(Picture(caption=caption, png_base64=_png(pixels)))
     return pictures
 
@@ -109,7 +110,9 @@ def _png(pixels: Pixels) -> str:
 
     picture = Image.fromarray(pixels)
     scale = max(1, -(-PICTURE_WIDTH // picture.width))
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
+    picture = picture.resize(
+        (picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC
+    )
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()

@@ -81,7 +81,9 @@ def load(
     Raises:
         DataError: with every objection at once.
     """
-    rows = [row for row in read_rows(manifest, root=root, key=plan_key(plan)) if row.split in splits]
+    rows = [
+        row for row in read_rows(manifest, root=root, key=plan_key(plan)) if row.split in splits
+    ]
     prepare = pipeline([(step.name, dict(step.params)) for step in plan.imaging])
     spatial_dims = int(str(plan.net.params.get("spatial_dims", 2)))
     grouped: dict[tuple[str, str], list[tuple[Tensor, Tensor, tuple[float, ...]]]] = {}
@@ -109,7 +111,9 @@ def read_rows(manifest: Path, *, root: Path, key: str) -> list[Row]:
         DataError: with every objection at once.
     """
     if not manifest.is_file():
-        raise DataError(f"there is no manifest {manifest}; expected a CSV with {', '.join(COLUMNS)}")
+        raise DataError(
+            f"there is no manifest {manifest}; expected a CSV with {', '.join(COLUMNS)}"
+        )
     try:
         with manifest.open(newline="", encoding="utf-8-sig") as handle:
             reader = csv.DictReader(handle)
@@ -155,8 +159,8 @@ def _row_objections(rows: Sequence[Row], *, root: Path) -> Iterator[str]:
             yield f"{where}: a patient is in two splits; give all their images the same one"
         if not (root / row.image).exists():
             yield (
-                f"{where}: missing image: the file the manifest names (a label without an image) is "
-                "not there; restore it or remove the line"
+                f"{where}: missing image: the manifest names a file (a label without an image) that "
+                "is not there; restore it or remove the line"
             )
 
 

@@ -91,6 +91,15 @@ class PrivacyStatement(Contract):
     does_not_cover: str
 
 
+class Reservation(Contract):
+    """One line of a site's privacy ledger: what one round of one study did to its cohort."""
+
+    study: Digest
+    round_: Annotated[int, Field(ge=0)]
+    event: PrivacyEvent
+    when: datetime
+
+
 # --- messages between coordinator and site
 
 
@@ -333,6 +342,7 @@ class AuditReport(Contract):
 CONTRACTS: tuple[type[Contract], ...] = (
     PrivacyEvent,
     PrivacyStatement,
+    Reservation,
     Signature,
     RoundOrder,
     Evaluation,

@@ -15,9 +15,7 @@ class ConsiliaError(Exception):
     exit_code = 10
 
     def __init__(self, objections: str | Iterable[str]) -> None:
-        self.objections = (
-            (objections,) if isinstance(objections, str) else tuple(objections)
-        )
+        self.objections = (objections,) if isinstance(objections, str) else tuple(objections)
         super().__init__("\n".join(self.objections))
 
 

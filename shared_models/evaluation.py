@@ -62,7 +62,11 @@ def _parts(patient: Patient) -> Iterator[tuple[Tensor, Tensor, tuple[float, ...]
     start = 0
     for end in range(1, len(patient.images) + 1):
         is_last = end == len(patient.images)
-        if is_last or end - start == MOST_IMAGES or patient.spacing_mm[end] != patient.spacing_mm[start]:
+        if (
+            is_last
+            or end - start == MOST_IMAGES
+            or patient.spacing_mm[end] != patient.spacing_mm[start]
+        ):
             yield patient.images[start:end], patient.targets[start:end], patient.spacing_mm[start]
             start = end
 
@@ -75,7 +79,9 @@ def _intervals(scores: Sequence[Scores], *, task: Task) -> dict[str, tuple[float
         for name, value in task.metrics(np.concatenate([scores[i] for i in chosen])).items():
             draws.setdefault(name, []).append(value)
     bounds = {name: np.percentile(values, (2.5, 97.5)) for name, values in draws.items()}
-    return {name: (round(float(low), 4), round(float(high), 4)) for name, (low, high) in bounds.items()}
+    return {
+        name: (round(float(low), 4), round(float(high), 4)) for name, (low, high) in bounds.items()
+    }
 
 
 def _rounded(metrics: dict[str, float]) -> dict[str, float]:

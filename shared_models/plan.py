@@ -40,7 +40,7 @@ class Choice(Contract):
     """Something chosen by name from an allow-list, with its parameters."""
 
     name: Name
-    params: Params = {}
+    params: Params = Field(default_factory=dict)
 
 
 class Training(Contract):

@@ -23,7 +23,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from shared_models.contracts import PrivacyEvent, PrivacyStatement
+from pydantic import ValidationError
+
+from shared_models.contracts import PrivacyEvent, PrivacyStatement, Reservation
+from shared_models.errors import LedgerError
 
 #: Discretization of the privacy loss; 1e-3 agrees with 1e-4 to four digits at a tenth of the time.
 PLD_INTERVAL = 1e-3
@@ -79,9 +82,38 @@ def statement(events: Sequence[PrivacyEvent], *, delta: float) -> PrivacyStateme
     )
 
 
-def calibrate(
-    *, epsilon_target: float, delta: float, sample_rate: float, steps: int
-) -> float:
+def parse_ledger(content: bytes) -> tuple[Reservation, ...]:
+    """Return the reservations of a ledger file (JSON lines), oldest first.
+
+    Raises:
+        LedgerError: if any line is broken or cut short; what cannot be read whole proves nothing.
+    """
+    if content and not content.endswith(b"\n"):
+        raise LedgerError("the ledger's last line was cut short; have it checked by hand")
+    try:
+        return tuple(Reservation.model_validate_json(line) for line in content.splitlines())
+    except ValidationError as error:
+        raise LedgerError("the ledger holds a line that is no reservation") from error
+
+
+def events_of(
+    ledger: Sequence[Reservation], *, study: str | None = None
+) -> tuple[PrivacyEvent, ...]:
+    """Return the events of one study, or of all."""
+    return tuple(entry.event for entry in ledger if study is None or entry.study == study)
+
+
+def spent(ledger: Sequence[Reservation], *, delta: float, study: str | None = None) -> float:
+    """Return the epsilon of one study, or of all together, at ``delta``."""
+    return epsilon(events_of(ledger, study=study), delta=delta)
+
+
+def studies_of(ledger: Sequence[Reservation]) -> list[str]:
+    """Return the digests of the studies charged, in the order of their first charge."""
+    return list(dict.fromkeys(entry.study for entry in ledger))
+
+
+def calibrate(*, epsilon_target: float, delta: float, sample_rate: float, steps: int) -> float:
     """Return a noise multiplier with which ``steps`` Poisson steps cost at most ``epsilon_target``.
 
     Rounded up to three decimals, then checked: never gives less privacy than asked.

@@ -47,9 +47,7 @@ def digest(value: Contract | bytes) -> str:
 
 def public_key(key: Ed25519PrivateKey) -> str:
     """Return the public half of ``key``, in hexadecimal."""
-    raw = key.public_key().public_bytes(
-        serialization.Encoding.Raw, serialization.PublicFormat.Raw
-    )
+    raw = key.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
     return raw.hex()
 
 
@@ -106,7 +104,9 @@ def load_key(file: Path) -> Ed25519PrivateKey:
     try:
         key = serialization.load_pem_private_key(file.read_bytes(), password=None)
     except (OSError, ValueError) as error:
-        raise DocumentError(f"cannot read the signing key {file}: {type(error).__name__}") from error
+        raise DocumentError(
+            f"cannot read the signing key {file}: {type(error).__name__}"
+        ) from error
     if not isinstance(key, Ed25519PrivateKey):
         raise DocumentError(f"expected an Ed25519 key in {file}, got another kind")
     return key

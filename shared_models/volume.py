@@ -59,8 +59,8 @@ def read_volume(path: Path) -> Volume:
         raise
     except Exception as error:
         raise DataError(
-            f"cannot read the image ({type(error).__name__}): expected a whole PNG, JPEG, TIFF, NIfTI "
-            "or DICOM file; replace it or take its line out of the manifest"
+            f"cannot read the image ({type(error).__name__}): expected a whole PNG, JPEG, TIFF, "
+            "NIfTI or DICOM file; replace it or take its line out of the manifest"
         ) from None
 
 
@@ -76,7 +76,7 @@ def _read_picture(path: Path) -> Volume:
 def _read_nifti(path: Path) -> Volume:
     import nibabel
 
-    image: Any = nibabel.load(path)  # type: ignore[attr-defined]
+    image: Any = nibabel.load(path)
     data = np.asarray(image.dataobj, dtype=np.float32)
     if data.ndim != 3:
         raise DataError(f"expected three dimensions, got {data.ndim}")
@@ -124,7 +124,9 @@ def _pixels(dataset: Any) -> NDArray[np.float32]:
     """Return one slice in the modality's own unit (HU for CT), MONOCHROME1 turned upright."""
     pixels = dataset.pixel_array.astype(np.float32)
     if pixels.ndim != 2:
-        raise DataError(f"expected one grey slice per file, got an array of {pixels.ndim} dimensions")
+        raise DataError(
+            f"expected one grey slice per file, got an array of {pixels.ndim} dimensions"
+        )
     pixels *= float(dataset.get("RescaleSlope", 1) or 1)
     pixels += float(dataset.get("RescaleIntercept", 0) or 0)
     if dataset.PhotometricInterpretation == "MONOCHROME1":

@@ -33,7 +33,9 @@ def size_of(schema: Schema) -> int:
 def flatten(weights: Weights) -> Array:
     """Return all weights as one float32 vector."""
     parts = [np.ravel(weights[name]) for name in sorted(weights)]
-    return np.concatenate(parts).astype(np.float32, copy=False) if parts else np.zeros(0, np.float32)
+    return (
+        np.concatenate(parts).astype(np.float32, copy=False) if parts else np.zeros(0, np.float32)
+    )
 
 
 def unflatten(vector: Array, schema: Schema) -> dict[str, Array]:
@@ -70,12 +72,11 @@ def digest(vector: Array) -> str:
     return hashlib.sha256(little.view(np.uint8).data).hexdigest()
 
 
-def save(file: Path, weights: Weights, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Write ``weights`` as safetensors; the caller makes the write atomic (``files.replace``)."""
+def save(file: Path, weights: Weights) -> None:
+    """Write ``weights`` as safetensors: equal weights, equal bytes."""
     from safetensors.numpy import save_file
 
-    arrays = {name: np.ascontiguousarray(value) for name, value in weights.items()}
-    save_file(arrays, file, metadata=dict(metadata or {}))
+    save_file({name: np.ascontiguousarray(weights[name]) for name in sorted(weights)}, file)
 
 
 def load(file: Path) -> dict[str, Array]:

@@ -72,9 +72,10 @@ def unseal(letter: Letter, *, key: str) -> tuple[Contract, Array | None]:
 
 def to_buckets(vector: Array) -> tuple[bytes, ...]:
     """Cut a float32 vector into little-endian buckets of at most 16 MiB."""
-    raw = memoryview(np.ascontiguousarray(vector, dtype="<f4").view(np.uint8))
+    raw = np.ascontiguousarray(vector, dtype="<f4").view(np.uint8)
     return tuple(
-        bytes(raw[start : start + BUCKET_BYTES]) for start in range(0, max(len(raw), 1), BUCKET_BYTES)
+        raw[start : start + BUCKET_BYTES].tobytes()
+        for start in range(0, max(len(raw), 1), BUCKET_BYTES)
     )
 
 

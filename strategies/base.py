@@ -7,7 +7,7 @@ is a dict of arrays: saved and loaded, it continues bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np

@@ -6,7 +6,7 @@ holds class numbers, for which geometry uses the nearest voxel and intensities a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 from shared_models.registry import find
@@ -31,7 +31,7 @@ BUILTIN = {
 
 
 def pipeline(
-    steps: Sequence[tuple[str, dict[str, Any]]], *, plugins: Sequence[str] = ()
+    steps: Sequence[tuple[str, dict[str, Any]]], *, plugins: Collection[str] = ()
 ) -> Callable[..., Volume]:
     """Return one step that runs ``(name, params)`` pairs in order.
 

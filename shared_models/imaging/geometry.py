@@ -42,7 +42,7 @@ def resize(*, size: Sequence[int]) -> Step:
 
 
 def crop_or_pad(*, size: Sequence[int]) -> Step:
-    """Cut or extend around the centre to ``size`` voxels; the border value is the minimum (image)."""
+    """Cut or extend around the centre to ``size`` voxels, with the image's minimum as border."""
     _check("size", size)
 
     def step(volume: Volume, *, is_label: bool) -> Volume:
@@ -51,7 +51,11 @@ def crop_or_pad(*, size: Sequence[int]) -> Step:
         data = np.full(wanted, fill, dtype=np.float32)
         inside, outside, origin = [], [], []
         for have, want in zip(volume.data.shape, wanted, strict=True):
-            cut, pad, length = max(0, (have - want) // 2), max(0, (want - have) // 2), min(have, want)
+            cut, pad, length = (
+                max(0, (have - want) // 2),
+                max(0, (want - have) // 2),
+                min(have, want),
+            )
             inside.append(slice(cut, cut + length))
             outside.append(slice(pad, pad + length))
             origin.append(cut - pad)
@@ -83,8 +87,10 @@ def _smoothed(tensor: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
         return tensor
     shrunk = [-(-n // b) for n, b in zip(tensor.shape[2:], blocks, strict=True)]
     exact = [n == s * b for n, s, b in zip(tensor.shape[2:], shrunk, blocks, strict=True)]
-    return torch.nn.functional.avg_pool3d(tensor, blocks) if all(exact) else (
-        torch.nn.functional.adaptive_avg_pool3d(tensor, shrunk)
+    return (
+        torch.nn.functional.avg_pool3d(tensor, blocks)
+        if all(exact)
+        else (torch.nn.functional.adaptive_avg_pool3d(tensor, (shrunk[0], shrunk[1], shrunk[2])))
     )
 
 

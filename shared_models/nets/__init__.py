@@ -21,7 +21,12 @@ BUILTIN = {
 
 
 def make(
-    name: str, params: Mapping[str, Any], *, seed: int, num_outputs: int, plugins: Collection[str] = ()
+    name: str,
+    params: Mapping[str, Any],
+    *,
+    seed: int,
+    num_outputs: int,
+    plugins: Collection[str] = (),
 ) -> Module:
     """Return the net called ``name`` with weights drawn from ``seed`` alone.
 

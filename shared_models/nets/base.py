@@ -22,7 +22,8 @@ def made_private_ready(net: nn.Module) -> nn.Module:
     mixing = [
         name
         for name, module in net.named_modules()
-        if isinstance(module, BATCH_NORMS) and not isinstance(module, nn.modules.instancenorm._InstanceNorm)
+        if isinstance(module, BATCH_NORMS)
+        and not isinstance(module, nn.modules.instancenorm._InstanceNorm)
     ]
     if mixing:
         raise ValueError(

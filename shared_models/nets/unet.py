@@ -1,4 +1,4 @@
-"""U-Net with group normalization (MONAI), for segmentation in two or three dimensions.
+"""U-Net with group or instance normalization (MONAI), for segmentation in two or three dimensions.
 
 References:
     Ronneberger et al. 2015, U-Net, https://arxiv.org/abs/1505.04597. Kerfoot et al. 2019,
@@ -8,6 +8,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch.nn import Module
 
@@ -20,12 +21,20 @@ def make(
     channels: Sequence[int] = (8, 16, 32),
     strides: Sequence[int] = (2, 2),
     num_res_units: int = 0,
+    norm: Literal["group", "instance"] = "group",
     num_groups: int = 4,
 ) -> Module:
     """Return a U-Net: (batch, in_channels, [z,] y, x) to (batch, num_outputs, [z,] y, x).
 
-    Every spatial size must be divisible by the product of ``strides``.
+    Every spatial size must be divisible by the product of ``strides``. With residual units the last
+    layer normalizes its outputs too: choose ``norm="instance"`` (without weights of its own), or
+    ``num_groups`` that divides ``num_outputs``.
+
+    Raises:
+        ValueError: if ``norm`` is neither, or ``num_groups`` does not divide a layer's channels.
     """
+    if norm not in ("group", "instance"):
+        raise ValueError(f"expected norm as 'group' or 'instance', got '{norm}'")
     from monai.networks.nets.unet import UNet
 
     return UNet(
@@ -36,5 +45,5 @@ def make(
         strides=tuple(strides),
         num_res_units=num_res_units,
         act="relu",
-        norm=("group", {"num_groups": num_groups}),
+        norm=("group", {"num_groups": num_groups}) if norm == "group" else "instance",
     )

@@ -28,7 +28,10 @@ def write_series(
     Args:
         folder: Created here.
         hu: float32 (z, y, x), HU, LPS, from the feet up.
+        grid: Where its voxels lie.
+        profile: The hospital, whose scanner and way of storing are followed.
         patient: PatientID; with the seed it decides every UID and date.
+        seed: The seed of all hospitals.
     """
     folder.mkdir(parents=True)
     stored = _encode(hu, profile)
@@ -51,6 +54,7 @@ def write_labels(file: Path, labels: Labels, *, grid: Grid) -> None:
     Args:
         file: Ends in `.nii.gz`.
         labels: uint8 (z, y, x), LPS; stored (x, y, z) with an affine to RAS, as NIfTI wants.
+        grid: Where the voxels of the series lie.
     """
     x, y, z = grid.origin_mm
     affine = np.diag([-grid.spacing_mm, -grid.spacing_mm, grid.thickness_mm, 1.0])

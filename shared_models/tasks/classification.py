@@ -26,9 +26,7 @@ def make(*, classes: Sequence[str]) -> Task:
     """
     if len(classes) < 2 or len(set(classes)) != len(classes):
         raise ValueError(f"expected two or more different classes, got {len(classes)}")
-    numbers = {name: i for i, name in enumerate(classes)} | {
-        str(i): i for i in range(len(classes))
-    }
+    numbers = {name: i for i, name in enumerate(classes)} | {str(i): i for i in range(len(classes))}
 
     def encode_class(label: str) -> int:
         if label not in numbers:
@@ -38,7 +36,9 @@ def make(*, classes: Sequence[str]) -> Task:
     def picture(image: Tensor, target: Tensor, output: Tensor) -> tuple[Pixels, str]:
         share = torch.softmax(output, dim=0)
         guess = int(share.argmax())
-        caption = f"predicted {classes[guess]} ({float(share[guess]):.0%}), truth {classes[int(target)]}"
+        caption = (
+            f"predicted {classes[guess]} ({float(share[guess]):.0%}), truth {classes[int(target)]}"
+        )
         return grey(image[0]), caption
 
     return Task(
@@ -77,20 +77,19 @@ def _metrics(scores: Scores) -> dict[str, float]:
     shares, truth = torch.from_numpy(scores[:, :-1]), torch.from_numpy(scores[:, -1]).long()
     one_hot = torch.nn.functional.one_hot(truth, shares.shape[1])
     found: dict[str, float] = {}
-    if len(truth.unique()) == shares.shape[1]:
+    if len(np.unique(scores[:, -1])) == shares.shape[1]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            is_binary = shares.shape[1] == 2
-            found["auc"] = float(
-                compute_roc_auc(shares[:, 1], truth)
-                if is_binary
-                else compute_roc_auc(shares, one_hot, average="macro")
-            )
+            pair = (shares[:, 1], truth) if shares.shape[1] == 2 else (shares, one_hot)
+            found["auc"] = float(np.asarray(compute_roc_auc(*pair, average="macro")))
     guess = shares.argmax(dim=1)
     found["accuracy"] = float((guess == truth).double().mean())
     if shares.shape[1] == 2:
         counts = get_confusion_matrix(guess[:, None], truth[:, None]).sum(dim=(0, 1))
-        for name, present in (("sensitivity", (truth == 1).any()), ("specificity", (truth == 0).any())):
+        for name, present in (
+            ("sensitivity", (truth == 1).any()),
+            ("specificity", (truth == 0).any()),
+        ):
             if present:
                 found[name] = float(compute_confusion_matrix_metric(name, counts))
     return found

@@ -65,7 +65,9 @@ def make(*, classes: Sequence[str], dice_weight: float = 1.0) -> Task:
             image, target, guess = image[:, middle], target[middle], guess[middle]
         pixels = grey(image[0])
         left, right = _outlined(pixels, target), _outlined(pixels, guess)
-        return np.concatenate([left, right], axis=1), f"truth left, prediction right: {', '.join(classes)}"
+        return np.concatenate(
+            [left, right], axis=1
+        ), f"truth left, prediction right: {', '.join(classes)}"
 
     return Task(
         name="segmentation",
@@ -109,10 +111,10 @@ def _score(outputs: Tensor, targets: Tensor, spacing_mm: tuple[float, ...]) -> S
     both = (guess.flatten(2).any(dim=2) & truth.flatten(2).any(dim=2))[:, 1:].numpy()
     distance = np.full_like(dice, np.nan)
     if both.any():
-        rows = both.any(axis=1)
+        rows = torch.from_numpy(both.any(axis=1))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # MONAI deprecates an argument it passes itself
-            distance[rows] = compute_hausdorff_distance(
+            distance[rows.numpy()] = compute_hausdorff_distance(
                 guess[rows], truth[rows], percentile=95, spacing=list(spacing_mm)
             ).numpy()
     distance[~both | ~np.isfinite(distance)] = np.nan

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ def test_letters_travel_and_a_stranger_gets_none(
         rounds = rounds_of(link, tmp_path / "run", run_id=run_id)
         times.append(time.monotonic())
     times.append(time.monotonic())
-    logging.info("seconds: %s", [after - before for before, after in zip(times, times[1:])])
+    logging.info("seconds: %s", [after - before for before, after in pairwise(times)])
     logging.info("seconds per round: %s", [seconds for _, seconds in rounds])
     both = [[f"{word} north", True] for word, _, _ in asks]
     assert [heard["north"] for heard, _ in rounds] == both

@@ -1,0 +1,219 @@
+"""``consilia-audit``: verify a run and its ledgers offline, trusting neither side.
+
+It needs no torch and no Flower, and nothing but the files: every figure is computed again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from shared_models import plan as plans
+from shared_models.contracts import (
+    AuditReport,
+    Countersignature,
+    PrivacyStatement,
+    ReleaseManifest,
+    RoundRecord,
+    StudyReport,
+)
+from shared_models.errors import EXIT_CODES_HELP, DocumentError
+from shared_models.plan import SignedPlan, StudyPlan, event_of
+from shared_models.privacy import epsilon, parse_ledger, spent, studies_of
+from shared_models.signing import digest, is_signed_by
+from shared_models.weights import digest as weights_digest
+from shared_models.weights import flatten, load
+
+app = typer.Typer(
+    help="Verify runs, ledgers and reports offline, trusting neither coordinator nor hospital.",
+    epilog=EXIT_CODES_HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Finding = tuple[str, bool]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+@app.command()
+def verify(
+    run_dir: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check a run: signatures, approvals, every epsilon, the model's digest. Exit 0: all hold."""
+    found = audit_run(run_dir)
+    if as_json:
+        print(found.model_dump_json())
+    else:
+        for text in found.passed:
+            print(f"  holds  {text}")
+        for text in found.failed:
+            print(f"  FAILS  {text}")
+        print("verified" if not found.failed else f"{len(found.failed)} checks failed")
+    raise typer.Exit(1 if found.failed else 0)
+
+
+@app.command("epsilon")
+def epsilon_of_ledger(
+    ledger: Annotated[Path, typer.Argument(help="A site's ledger.jsonl.")],
+    delta: Annotated[float, typer.Option(help="The delta to state epsilon at.")] = 5e-3,
+    as_json: AsJson = False,
+) -> None:
+    """Compute again what each study, and all together, cost a site's patients."""
+    try:
+        entries = parse_ledger(ledger.read_bytes())
+    except OSError as error:
+        raise DocumentError(f"cannot read {ledger}: {type(error).__name__}") from error
+    if not 0 < delta < 1:
+        raise typer.BadParameter(f"expected delta in (0, 1), got {delta}")
+    costs = {study: spent(entries, study=study, delta=delta) for study in studies_of(entries)}
+    total = spent(entries, delta=delta)
+    if as_json:
+        print(json.dumps({"delta": delta, "unit": "patient", "studies": costs, "lifetime": total}))
+        return
+    for study, cost in costs.items():
+        print(f"study {study[:12]}  epsilon {cost:.4f}")
+    print(f"all studies         epsilon {total:.4f}")
+    print(f"per patient, at delta {delta:g}; dp_accounting PLD, Poisson, add or remove one patient")
+
+
+def audit_run(run_dir: Path) -> AuditReport:
+    """Return every check of a run directory with its verdict.
+
+    Raises:
+        DocumentError: if a file a run must have cannot be read at all.
+    """
+    signed = plans.read(run_dir / "plan.toml")
+    report = _parsed(run_dir / "report.json", StudyReport.model_validate_json)
+    records = [
+        RoundRecord.model_validate_json(line)
+        for line in plans.read_text(run_dir / "rounds.jsonl").splitlines()
+    ]
+    findings = [
+        *_plan_findings(signed, report),
+        *_approval_findings(run_dir, signed),
+        *_privacy_findings(signed.plan, records, report),
+        *_model_findings(run_dir, records, report),
+    ]
+    return AuditReport(
+        subject=digest(signed.plan),
+        passed=tuple(text for text, holds in findings if holds),
+        failed=tuple(text for text, holds in findings if not holds),
+    )
+
+
+def _plan_findings(signed: SignedPlan, report: StudyReport) -> Iterator[Finding]:
+    plan = signed.plan
+    is_signed = is_signed_by(plan, signed.signature, key=plan.coordinator)
+    yield "the plan is signed by its coordinator", is_signed
+    yield "the report is of this plan", report.study == digest(plan)
+    same_plan = plans.parse(report.plan_toml).plan == plan
+    yield "the plan printed in the report is the signed one", same_plan
+
+
+def _approval_findings(run_dir: Path, signed: SignedPlan) -> Iterator[Finding]:
+    settings = _parsed(run_dir / "run.json", json.loads)
+    for site in signed.plan.sites:
+        file = run_dir / "approvals" / f"{site}.json"
+        key = settings.get("sites", {}).get(site, {}).get("signing", "")
+        try:
+            found = Countersignature.model_validate_json(file.read_bytes())
+        except (OSError, ValidationError):
+            yield f"{site} approved this plan", False
+            continue
+        approval = found.approval
+        is_theirs = is_signed_by(approval, found.signature, key=key)
+        is_this = approval.study == digest(signed.plan) and approval.site == site
+        yield (
+            f"{site} approved this plan",
+            is_theirs and is_this and approval.decision == "approved",
+        )
+
+
+def _privacy_findings(
+    plan: StudyPlan, records: list[RoundRecord], report: StudyReport
+) -> Iterator[Finding]:
+    if plan.privacy is None:
+        yield "a study without privacy claims none", all(s.privacy is None for s in report.sites)
+        return
+    for site in report.sites:
+        steps = _steps_answered(plan, records, site.name)
+        if site.privacy is None:
+            yield f"{site.name}: an epsilon is stated for what it trained", steps == 0
+            continue
+        events = (event_of(plan, steps=steps),) if steps else ()
+        least = epsilon(events, delta=plan.privacy.delta)
+        stated = site.privacy.epsilon
+        yield (
+            f"{site.name}: epsilon {stated:g} covers the {steps} steps it answered",
+            stated >= least,
+        )
+        yield (
+            f"{site.name}: epsilon {stated:g} is within the plan's",
+            stated <= plan.privacy.epsilon,
+        )
+        yield f"{site.name}: the stated mechanism is the plan's", _is_plans(site.privacy, plan)
+
+
+def _steps_answered(plan: StudyPlan, records: list[RoundRecord], site: str) -> int:
+    """Return the fewest noisy steps the site must have taken to say what it said."""
+    rounds = {"train": 1, "alone": plan.training.num_rounds, "evaluate": 0}
+    said = [rounds[r.kind] for record in records for r in record.replies if r.site == site]
+    return sum(said) * plan.training.steps_per_round
+
+
+def _is_plans(privacy: PrivacyStatement, plan: StudyPlan) -> bool:
+    terms, training = plan.privacy, plan.training
+    return terms is not None and (
+        privacy.noise_multiplier,
+        privacy.max_grad_norm,
+        privacy.sample_rate,
+        privacy.images_per_patient,
+        privacy.delta,
+    ) == (
+        terms.noise_multiplier,
+        terms.max_grad_norm,
+        training.sample_rate,
+        training.images_per_patient,
+        terms.delta,
+    )
+
+
+def _model_findings(
+    run_dir: Path, records: list[RoundRecord], report: StudyReport
+) -> Iterator[Finding]:
+    trained = [record for record in records if record.kind == "train"]
+    last = trained[-1].weights_digest if trained else ""
+    yield "the reported model is the last round's", report.model_digest == last
+    manifest = _parsed(run_dir / "model" / "manifest.json", ReleaseManifest.model_validate_json)
+    yield "the manifest is of this study", manifest.study == report.study
+    try:
+        released = weights_digest(flatten(load(run_dir / "model" / manifest.weights_file)))
+    except (OSError, ValueError):
+        released = ""
+    yield "the released weights are the reported model", released == report.model_digest
+    curves = [(p.round_, p.seconds, p.received_bytes) for p in report.rounds]
+    told = [(r.round_, r.seconds, r.received_bytes) for r in trained]
+    yield "the report's rounds are those of rounds.jsonl", curves == told
+
+
+def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(plans.read_text(file))
+    except ValueError as error:
+        raise DocumentError(
+            f"{file.name} cannot be read; the run is unfinished or broken"
+        ) from error
+
+
+def main() -> None:
+    """Run the command line; a known error is told in its own words, with its exit code."""
+    from shared_models.terminal import run_app
+
+    run_app(app)

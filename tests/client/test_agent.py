@@ -1,0 +1,383 @@
+from __future__ import annotations
+
+import inspect
+import logging
+import stat
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from cryptography.hazmat.primitives import serialization
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Metadata, RecordDict
+from flwr.app.message import make_message, remove_content_from_message
+from flwr.common.constant import ErrorCode
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    ActivateNodeResponse,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PullMessagesResponse,
+    PushMessagesRequest,
+    PushMessagesResponse,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ConfirmMessageReceivedResponse,
+    PullObjectRequest,
+    PullObjectResponse,
+    PushObjectRequest,
+    PushObjectResponse,
+)
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.protobuf.client import ProtobufClient
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from client import agent
+from client.app import FAILED, letter_from, make_app, record_from
+from server import app as server_app
+from shared_models.errors import DocumentError
+from shared_models.wire import Letter
+
+letters = st.builds(
+    Letter,
+    st.text(),
+    st.text(),
+    st.text(),
+    st.text(),
+    st.lists(st.binary(), max_size=12).map(tuple),
+)
+ORDER = Letter("order", "{}", "k", "s", (b"abcd" * 100, b"efgh"))
+
+
+def travelled(record: RecordDict) -> RecordDict:
+    """Take a record through the bytes that Flower sends."""
+    contents = {key: value.deflate() for key, value in get_all_nested_objects(record).items()}
+    arrived = inflate_object_from_contents(record.object_id, contents)
+    assert isinstance(arrived, RecordDict)
+    return arrived
+
+
+def order_of(content: RecordDict, *, message_type: str = "train") -> Message:
+    metadata = Metadata(
+        run_id=3,
+        message_id="",
+        src_node_id=1,
+        dst_node_id=7,
+        reply_to_message_id="",
+        group_id="",
+        created_at=time.time(),
+        ttl=30.0,
+        message_type=message_type,
+    )
+    metadata.delivered_at = ""
+    message = make_message(metadata, content)
+    metadata.__dict__["_message_id"] = message.object_id
+    return message
+
+
+@settings(deadline=None, derandomize=True)
+@given(letters)
+def test_a_letter_survives_the_journey(letter: Letter) -> None:
+    assert letter_from(travelled(record_from(letter))) == letter
+
+
+@settings(deadline=None, derandomize=True)
+@given(letters)
+def test_both_sides_pack_and_unpack_alike(letter: Letter) -> None:
+    theirs = server_app.record_from(letter)
+    assert theirs.object_id == record_from(letter).object_id
+    assert server_app.letter_from(travelled(record_from(letter))) == letter
+    assert letter_from(travelled(theirs)) == letter
+
+
+def raw(data: bytes = b"1234", **changed: Any) -> Array:
+    return Array(**({"dtype": "uint8", "shape": (4,), "stype": "raw", "data": data} | changed))
+
+
+FIELDS = {"kind": "order", "document": "{}", "key": "k", "signature": "s"}
+FOREIGN = {
+    "nothing": {},
+    "no letter": {"weights": ArrayRecord({"0000": raw()})},
+    "another record": {"letter": ConfigRecord(FIELDS), "more": ConfigRecord({})},
+    "another kind": {"letter": ArrayRecord({"0000": raw()})},
+    "a field missing": {"letter": ConfigRecord({"kind": "order"})},
+    "a field more": {"letter": ConfigRecord(FIELDS | {"note": "x"})},
+    "a number": {"letter": ConfigRecord(FIELDS | {"key": 1})},
+    "no weights": {"letter": ConfigRecord(FIELDS), "weights": ArrayRecord()},
+    "no arrays": {"letter": ConfigRecord(FIELDS), "weights": ConfigRecord({"0000": b""})},
+    "a gap": {"letter": ConfigRecord(FIELDS), "weights": ArrayRecord({"0001": raw()})},
+    "numpy": {
+        "letter": ConfigRecord(FIELDS),
+        "weights": ArrayRecord({"0000": raw(stype="numpy.ndarray")}),
+    },
+    "floats": {
+        "letter": ConfigRecord(FIELDS),
+        "weights": ArrayRecord({"0000": raw(dtype="float32")}),
+    },
+    "a wrong length": {
+        "letter": ConfigRecord(FIELDS),
+        "weights": ArrayRecord({"0000": raw(shape=(5,))}),
+    },
+}
+
+
+@pytest.mark.parametrize("unpack", [letter_from, server_app.letter_from])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_record_that_is_not_exactly_a_letter_is_refused(name: str, unpack: Any) -> None:
+    with pytest.raises(DocumentError):
+        unpack(RecordDict(FOREIGN[name]))
+
+
+def test_a_reply_to_a_failed_order_carries_no_text_of_the_exception(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def answer(letter: Letter) -> Letter:
+        raise ValueError("planted secret")
+
+    context = Context(3, 7, {}, RecordDict(), {})
+    with caplog.at_level(logging.INFO):
+        reply = make_app(answer)(order_of(record_from(ORDER)), context)
+    assert reply.has_error()
+    assert reply.error.code == FAILED == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+    assert "planted" not in f"{reply.error.reason}{caplog.text}"
+
+
+def status_error(status: int) -> httpx.HTTPStatusError:
+    request = httpx.Request("POST", "https://coordinator")
+    return httpx.HTTPStatusError("", request=request, response=httpx.Response(status))
+
+
+class Fleet:
+    """A SuperLink with one order, which fails a method as often as ``troubles`` says."""
+
+    def __init__(self, order: Message, troubles: dict[str, list[Exception]] | None = None) -> None:
+        self.order, self.troubles = order, troubles or {}
+        self.stop = threading.Event()
+        self.objects = {
+            key: value.deflate() for key, value in get_all_nested_objects(order).items()
+        }
+        self.calls: list[str] = []
+        self.stored: dict[str, bytes] = {}
+        self.is_delivered = False
+        self.reply: Message | None = None
+
+    def _called(self, method: str) -> None:
+        self.calls.append(method)
+        if self.troubles.get(method):
+            raise self.troubles[method].pop(0)
+
+    def ActivateNode(self, request: ActivateNodeRequest) -> ActivateNodeResponse:  # noqa: N802
+        self._called("ActivateNode")
+        return ActivateNodeResponse(node_id=7)
+
+    def PullMessages(self, request: PullMessagesRequest) -> PullMessagesResponse:  # noqa: N802
+        self._called("PullMessages")
+        if self.is_delivered:
+            self.stop.set()
+            return PullMessagesResponse()
+        self.is_delivered = True
+        return PullMessagesResponse(
+            messages_list=[message_to_proto(remove_content_from_message(self.order))],
+            message_object_trees=[get_object_tree(self.order)],
+        )
+
+    def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:  # noqa: N802
+        self._called("PullObject")
+        content = self.objects[request.object_id]
+        return PullObjectResponse(object_found=True, object_available=True, object_content=content)
+
+    def ConfirmMessageReceived(  # noqa: N802
+        self, request: ConfirmMessageReceivedRequest
+    ) -> ConfirmMessageReceivedResponse:
+        self._called("ConfirmMessageReceived")
+        return ConfirmMessageReceivedResponse()
+
+    def PushMessages(self, request: PushMessagesRequest) -> PushMessagesResponse:  # noqa: N802
+        self._called("PushMessages")
+        self.reply = message_from_proto(request.messages_list[0])
+        todo, missing = list(request.message_object_trees), []
+        while todo:
+            tree = todo.pop()
+            todo += tree.children
+            missing += [tree.object_id] if tree.object_id not in self.stored else []
+        return PushMessagesResponse(objects_to_push=missing, session_id="session")
+
+    def PushObject(self, request: PushObjectRequest) -> PushObjectResponse:  # noqa: N802
+        is_new = request.object_id not in self.stored
+        self.stored[request.object_id] = request.object_content
+        self._called("PushObject")  # a trouble here is an acknowledgement that was lost
+        return PushObjectResponse(stored=is_new)
+
+
+def served(fleet: Fleet) -> Message | None:
+    """Serve ``fleet``'s one order with an echo and return the reply as it arrived there."""
+    seat = agent._Seat(fleet, b"key", stop=fleet.stop)  # type: ignore[arg-type]
+    agent._serve(seat, make_app(lambda letter: letter._replace(kind="reply")))
+    if fleet.reply is None:
+        return None
+    arrived = inflate_object_from_contents(fleet.reply.metadata.message_id, dict(fleet.stored))
+    assert isinstance(arrived, Message)
+    return arrived
+
+
+TROUBLES = {
+    "none": {},
+    "not admitted at once": {"ActivateNode": [status_error(412)]},
+    "gone while the order is fetched": {"PullObject": [httpx.ConnectError("")]},
+    "forgotten while the order is fetched": {"PullObject": [status_error(401)]},
+    "gone before the push": {"PushMessages": [httpx.ConnectError(""), status_error(503)]},
+    "forgotten before the push": {"PushMessages": [status_error(404)]},
+    "acknowledgement lost": {"PushObject": [httpx.ReadTimeout("")]},
+    "a portal that answers rubbish": {"PullMessages": [ValueError("Invalid protobuf")]},
+}
+
+
+@pytest.mark.parametrize("name", TROUBLES)
+def test_a_reply_is_pushed_until_the_superlink_has_all_of_it(name: str) -> None:
+    troubles = {method: list(errors) for method, errors in TROUBLES[name].items()}
+    reply = served(Fleet(order_of(record_from(ORDER)), troubles))
+    assert reply is not None
+    assert letter_from(reply.content) == ORDER._replace(kind="reply")
+
+
+def test_nothing_is_pushed_to_a_run_that_has_ended() -> None:
+    fleet = Fleet(order_of(record_from(ORDER)), {"PullObject": [status_error(403)]})
+    assert served(fleet) is None
+    assert "PushMessages" not in fleet.calls
+
+
+@pytest.mark.parametrize("message_type", ["train", "evaluate", "query.anything"])
+def test_an_order_that_cannot_be_read_is_answered_with_an_error(message_type: str) -> None:
+    reply = served(Fleet(order_of(RecordDict(), message_type=message_type)))
+    assert reply is not None
+    assert reply.error.reason == "the site could not answer"
+
+
+def test_a_part_that_is_no_flower_object_does_not_end_the_agent() -> None:
+    fleet = Fleet(order_of(record_from(ORDER)))
+    fleet.objects = dict.fromkeys(fleet.objects, b"rubbish")
+    reply = served(fleet)
+    assert reply is not None
+    assert reply.has_error()
+
+
+def test_an_order_too_large_is_answered_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "MAX_ORDER_BYTES", 100)
+    reply = served(Fleet(order_of(record_from(ORDER))))
+    assert reply is not None
+    assert reply.has_error()
+
+
+def test_the_app_bundle_is_never_pulled() -> None:
+    fleet = Fleet(order_of(record_from(ORDER)))
+    served(fleet)
+    assert set(fleet.calls) == {
+        "ActivateNode",
+        "PullMessages",
+        "PullObject",
+        "ConfirmMessageReceived",
+        "PushMessages",
+        "PushObject",
+    }
+    assert "GetFab" not in Path(agent.__file__).read_text()
+
+
+def test_a_node_key_is_secret_and_never_overwritten(tmp_path: Path) -> None:
+    line = agent.create_node_key(tmp_path / "key")
+    assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
+    private = agent._load_node_key(tmp_path / "key")
+    public = serialization.load_ssh_public_key(line.encode())
+    assert private.public_key() == public
+    assert line.startswith("ecdsa-sha2-nistp384 ")
+    with pytest.raises(FileExistsError):
+        agent.create_node_key(tmp_path / "key")
+
+
+def test_keys_and_certificates_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    link = agent.FleetLink("127.0.0.1:1", tmp_path / "ca.crt", tmp_path / "key")
+    with pytest.raises(DocumentError, match="node key"):
+        agent.run(link, lambda letter: letter, stop=threading.Event())
+    agent.create_node_key(link.node_key)
+    link.root_certificates.write_text("nothing")
+    with pytest.raises(DocumentError, match="certificates"):
+        agent.run(link, lambda letter: letter, stop=threading.Event())
+
+
+@pytest.mark.parametrize(
+    ("address", "is_loopback"),
+    [
+        ("127.0.0.1:8000", True),
+        ("localhost:8000", True),
+        ("[::1]:8000", True),
+        ("10.0.0.1:8000", False),
+        ("consortium.example.org:443", False),
+    ],
+)
+def test_only_loopback_is_kept_from_the_proxy(address: str, is_loopback: bool) -> None:
+    assert agent._is_loopback(address) == is_loopback
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        (
+            ProtobufClient.from_server_address,
+            ["server_address", "insecure", "root_certificates", "interceptors", "retry_invoker"],
+        ),
+        (NodeAuthHttpInterceptor, ["private_key", "public_key"]),
+        *[
+            (getattr(FleetHttpClient, name), ["self", "request"])
+            for name in (
+                "ActivateNode",
+                "DeactivateNode",
+                "SendNodeHeartbeat",
+                "PullMessages",
+                "PullObject",
+                "ConfirmMessageReceived",
+                "PushMessages",
+                "PushObject",
+            )
+        ],
+        (get_object_tree, ["obj"]),
+        (get_all_nested_objects, ["obj"]),
+        (remove_content_from_message, ["message"]),
+        (message_to_proto, ["message"]),
+        (message_from_proto, ["message_proto"]),
+    ],
+)
+def test_flower_still_has_what_the_agent_uses(function: Any, parameters: list[str]) -> None:
+    assert list(inspect.signature(function).parameters) == parameters
+
+
+@pytest.mark.parametrize(
+    ("request_type", "fields"),
+    [
+        (ActivateNodeRequest, {"public_key", "heartbeat_interval"}),
+        (DeactivateNodeRequest, {"node_id"}),
+        (SendNodeHeartbeatRequest, {"node", "heartbeat_interval"}),
+        (PullMessagesRequest, {"node"}),
+        (PullObjectRequest, {"node", "run_id", "object_id"}),
+        (ConfirmMessageReceivedRequest, {"node", "run_id", "message_object_id"}),
+        (
+            PushMessagesRequest,
+            {"node", "messages_list", "message_object_trees", "clientapp_runtime_list"},
+        ),
+        (PushObjectRequest, {"node", "run_id", "session_id", "object_id", "object_content"}),
+    ],
+)
+def test_flower_still_asks_for_the_same_fields(request_type: Any, fields: set[str]) -> None:
+    assert fields <= set(request_type.DESCRIPTOR.fields_by_name)
+
+
+def test_flowers_client_can_still_be_kept_from_a_proxy() -> None:
+    with FleetHttpClient("https://127.0.0.1:1", verify=False) as client:
+        assert isinstance(client._client, httpx.Client)

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import inspect
+import io
+import os
+import socket
+import ssl
+import stat
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from flwr.cli.build import build_fab_from_disk
+from flwr.common.serde import fab_to_proto, user_config_to_proto
+from flwr.proto.control_pb2 import (
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+)
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.fab import Fab
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import (
+    inflate_object_from_contents,
+    pull_objects,
+)
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.superlink.grid.http_grid import HttpGrid
+
+from server import app, link
+from shared_models.errors import DocumentError, MachineError
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> link.TlsFiles:
+    return link.certificates(tmp_path / "tls", hosts=["127.0.0.1", "coordinator.example.org"])
+
+
+def certificate_in(file: Path) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(file.read_bytes())
+
+
+def test_the_certificate_names_its_hosts_and_its_authority(tls: link.TlsFiles) -> None:
+    authority, certificate = certificate_in(tls.authority), certificate_in(tls.certificate)
+    certificate.verify_directly_issued_by(authority)
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["coordinator.example.org"]
+    assert [str(name) for name in names.get_values_for_type(x509.IPAddress)] == ["127.0.0.1"]
+    lives = [
+        made.not_valid_after_utc - made.not_valid_before_utc for made in (certificate, authority)
+    ]
+    assert [life // timedelta(days=1) for life in lives] == [397, 3653]
+
+
+def test_a_private_key_is_readable_by_its_owner_alone(tls: link.TlsFiles) -> None:
+    keys = [tls.key, tls.key.with_name("ca.key")]
+    assert [stat.S_IMODE(key.stat().st_mode) for key in keys] == [0o600, 0o600]
+
+
+def test_a_certificate_is_renewed_by_the_same_authority(tmp_path: Path, tls: link.TlsFiles) -> None:
+    before = tls.authority.read_bytes(), tls.certificate.read_bytes()
+    renewed = link.certificates(tmp_path / "tls", hosts=["127.0.0.1"])
+    assert renewed == tls
+    assert renewed.authority.read_bytes() == before[0]
+    assert renewed.certificate.read_bytes() != before[1]
+
+
+def test_a_strict_client_accepts_the_certificate(tls: link.TlsFiles) -> None:
+    server, client = (
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER),
+        ssl.create_default_context(cafile=tls.authority),
+    )
+    server.load_cert_chain(tls.certificate, tls.key)
+    client.verify_flags |= ssl.VERIFY_X509_STRICT
+    to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [
+        client.wrap_bio(to_client, to_server, server_hostname="coordinator.example.org"),
+        server.wrap_bio(to_server, to_client, server_side=True),
+    ]
+    done = [False, False]
+    for turn in range(10):
+        try:
+            ends[turn % 2].do_handshake()
+            done[turn % 2] = True
+        except ssl.SSLWantReadError:
+            continue
+    assert done == [True, True]
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
+def test_the_bundle_holds_no_code(tmp_path: Path) -> None:
+    bundle = build_fab_from_disk(link.thin_app(tmp_path / "app"))
+    names = zipfile.ZipFile(io.BytesIO(bundle)).namelist()
+    assert sorted(names) == [".info/CONTENT", "LICENSE", "pyproject.toml"]
+
+
+def test_a_taken_port_is_told_with_its_cure(tmp_path: Path, tls: link.TlsFiles) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(MachineError, match=rf"port {port}.*choose another port"),
+            link.superlink(tmp_path, tls=tls, port=port, log_file=tmp_path / "log"),
+        ):
+            pytest.fail("it started")
+
+
+def test_a_superlink_that_does_not_start_says_why(tmp_path: Path, tls: link.TlsFiles) -> None:
+    broken = tls._replace(key=tls.authority)
+    with (
+        pytest.raises(MachineError, match=r"did not start: .*SSL"),
+        link.superlink(tmp_path, tls=broken, port=link.free_port(), log_file=tmp_path / "log"),
+    ):
+        pytest.fail("it started")
+
+
+def test_flower_stays_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "example.org")
+    environment = link._environment(tmp_path)
+    assert environment["FLWR_TELEMETRY_ENABLED"] == "0"
+    assert environment["FLWR_DISABLE_UPDATE_CHECK"] == "1"
+    assert environment["no_proxy"] == environment["NO_PROXY"] == "example.org,127.0.0.1,localhost"
+    assert environment["FLWR_HOME"] == str(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["", "nonsense", "ssh-ed25519 AAAA"])
+def test_what_is_no_ec_key_is_not_registered(line: str) -> None:
+    with pytest.raises(DocumentError, match="expected"):
+        link._pem(line)
+
+
+def test_an_ed25519_key_is_not_registered() -> None:
+    public = ed25519.Ed25519PrivateKey.generate().public_key()
+    line = public.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    with pytest.raises(DocumentError, match="EC key"):
+        link._pem(line.decode())
+
+
+def node(node_id: int, *, online_until: float = 0.0) -> NodeInfo:
+    public = ec.generate_private_key(ec.SECP384R1()).public_key()
+    return NodeInfo(
+        node_id=node_id, public_key=public_key_to_bytes(public), online_until=online_until
+    )
+
+
+def test_nodes_are_found_by_the_line_that_enrolled_them() -> None:
+    info = node(5)
+    grid: Any = SimpleNamespace(get_nodes=lambda: [info])
+    (line,) = app.nodes_by_key(grid)
+    assert app.nodes_by_key(grid) == {line: 5}
+    assert link._pem(line + " a comment") == info.public_key
+
+
+class Grid:
+    """Flower's grid with nodes that are online as ``online`` says, and no reply ever."""
+
+    def __init__(self, online: Sequence[bool]) -> None:
+        self.online: Iterator[bool] = iter(online)
+        self.pulled: list[bool] = []
+        self._runtime_client = SimpleNamespace(PullMessages=self._pull)
+
+    def get_nodes(self) -> list[NodeInfo]:
+        self.is_online = next(self.online)
+        return [node(5, online_until=time.time())] if self.is_online else []
+
+    def _pull(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:
+        assert list(request.message_ids) == ["id"]
+        self.pulled.append(self.is_online)
+        return PullAppMessagesResponse()
+
+
+def test_an_offline_site_is_not_asked_about_until_patience_ends() -> None:
+    grid: Any = Grid([False, False, False, False])
+    post = app._Post(grid, {"site": "id"}, nodes={"site": 5}, patience_s=0.2)
+    post.look(is_last=False)
+    assert (grid.pulled, set(post.waiting)) == ([], {"site"})
+    time.sleep(0.3)
+    post.look(is_last=False)
+    assert (grid.pulled, set(post.waiting)) == ([False], set())
+
+
+def test_the_last_look_asks_about_everybody() -> None:
+    grid: Any = Grid([False])
+    post = app._Post(grid, {"site": "id"}, nodes={"site": 5}, patience_s=60.0)
+    assert list(app._replies(post, ["other", "site"], until=0.0)) == [
+        ("other", None),
+        ("site", None),
+    ]
+    assert grid.pulled == [False]
+
+
+def test_processes_are_found_by_their_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = "nobody carries this mark"
+    assert link._marked(mark) == []
+    assert os.getpid() not in link._marked(mark)
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        (build_fab_from_disk, ["app"]),
+        (Fab, ["hash_str", "content", "verifications"]),
+        (fab_to_proto, ["fab"]),
+        (user_config_to_proto, ["user_config"]),
+        (public_key_to_bytes, ["public_key"]),
+        *[
+            (getattr(ControlHttpClient, name), ["self", "request"])
+            for name in ("RegisterNode", "ListNodes", "StartRun", "ListRuns", "StopRun")
+        ],
+        (iterate_object_tree, ["tree"]),
+        (make_pull_object_fn_protobuf, ["pull_object_protobuf", "node", "run_id"]),
+        (
+            inflate_object_from_contents,
+            ["object_id", "object_contents", "keep_object_contents", "objects"],
+        ),
+        (
+            pull_objects,
+            [
+                "object_ids",
+                "pull_object_fn",
+                "max_concurrent_pulls",
+                "max_time",
+                "max_tries_per_object",
+                "initial_backoff",
+                "backoff_cap",
+            ],
+        ),
+        (HttpGrid.get_nodes, ["self"]),
+        (HttpGrid.push_messages, ["self", "messages"]),
+    ],
+)
+def test_flower_still_has_what_the_coordinator_uses(function: Any, parameters: list[str]) -> None:
+    assert list(inspect.signature(function).parameters) == parameters
+
+
+@pytest.mark.parametrize(
+    ("request_type", "fields"),
+    [
+        (RegisterNodeRequest, {"public_key", "name"}),
+        (StartRunRequest, {"fab", "override_config"}),
+        (ListRunsRequest, {"run_id"}),
+        (StopRunRequest, {"run_id"}),
+        (PullAppMessagesRequest, {"message_ids"}),
+        (NodeInfo, {"node_id", "public_key", "online_until"}),
+    ],
+)
+def test_flower_still_asks_for_the_same_fields(request_type: Any, fields: set[str]) -> None:
+    assert fields <= set(request_type.DESCRIPTOR.fields_by_name)
+
+
+def test_flowers_grid_still_has_the_parts_below_its_calls() -> None:
+    assert isinstance(inspect.getattr_static(HttpGrid, "_runtime_client"), property)
+    assert isinstance(inspect.getattr_static(HttpGrid, "run"), property)
+    assert HttpGrid(token="token").node.node_id == 1  # what the SuperLink calls itself
