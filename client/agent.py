@@ -94,7 +94,7 @@ class _IncompleteError(Exception):
     """An object that is not there yet, or that the SuperLink would not store."""
 
 
-RETRIED = (httpx.HTTPError, ValueError, _IncompleteError)
+RETRIED = (httpx.HTTPError, ValueError)
 
 
 def create_node_key(file: Path) -> str:
@@ -165,10 +165,12 @@ class _Seat:
 
         ``call`` is made at least once, and must continue where it was interrupted.
         """
-        delay_s, is_quiet = 0.25, False
+        delay_s, level = 0.25, logging.WARNING
         while True:
             try:
                 return call(self.activate())
+            except _IncompleteError:  # soon there: the other end is still uploading
+                pause_s = POLL_BUSY_S
             except RETRIED as error:
                 status = _status(error)
                 if status == FINISHED and self.node is not None:
@@ -176,12 +178,11 @@ class _Seat:
                     return None
                 if status in UNSEATED:
                     self.node = None
-                level = logging.DEBUG if is_quiet else logging.WARNING
                 log.log(level, "%s (%s); trying again", _trouble(status), type(error).__name__)
-            is_quiet = True
-            if self.stop.wait(delay_s) or time.time() > until:
+                pause_s, level = delay_s, logging.DEBUG
+                delay_s = min(2 * delay_s, MAX_DELAY_S)
+            if self.stop.wait(pause_s) or time.time() > until:
                 return None
-            delay_s = min(2 * delay_s, MAX_DELAY_S)
 
     def beat(self, ended: threading.Event) -> None:
         """Tell the SuperLink that this site is there, until ``ended``."""
@@ -381,6 +382,8 @@ def _status(error: Exception) -> int | None:
 def _trouble(status: int | None) -> str:
     if status is None:
         return "the coordinator does not answer"
+    if status in UNSEATED:
+        return "the coordinator no longer knows this site, or this machine's clock is off"
     if status == NOT_ADMITTED:
         return "not admitted: this site's key is not enrolled, or its last session has not expired"
     return f"the coordinator answers {status}"

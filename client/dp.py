@@ -9,6 +9,7 @@ Guarantees:
     A patient with a non-finite gradient contributes nothing.
     An empty draw still takes a step of pure noise.
     Every trainable parameter has a per-patient gradient, or training stops with its name.
+    A net in which patients meet, by batch normalization or running statistics, is refused.
 
 Design: the seam is ``Engine``: a function from net, loss and clipping norm to a function that turns
 a batch into the sum of clipped patient gradients. ``opacus_engine`` takes per-image gradients from
@@ -112,6 +113,12 @@ def opacus_engine(
     from opacus import GradSampleModule
     from opacus.validators import ModuleValidator
 
+    mixing = _mixing(net)
+    if mixing:
+        raise ValueError(
+            f"expected layers that keep no statistics over images, got them in {', '.join(mixing[:5])}; "
+            "use group normalization"
+        )
     objections = ModuleValidator.validate(net, strict=False)
     if objections:
         raise ValueError("; ".join(str(e) for e in objections[:5]))
@@ -130,6 +137,16 @@ def opacus_engine(
             wrapped.to_standard_module()
             for parameter in net.parameters():
                 parameter.grad = None
+
+
+def _mixing(net: nn.Module) -> list[str]:
+    """Return the layers in which patients meet; Opacus looks only at those with parameters."""
+    return [
+        name
+        for name, module in net.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        or getattr(module, "track_running_stats", False)
+    ]
 
 
 def _clipped_sums(

@@ -42,7 +42,7 @@ def secure() -> Randomness:
 
     def uniform(n: int) -> NDArray[np.float64]:
         raw = np.frombuffer(stream.update(bytes(8 * n)), dtype="<u8")
-        return np.asarray((raw >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+        return np.ldexp((raw >> np.uint64(11)).astype(np.float64), -53)
 
     def normal(n: int) -> NDArray[np.float64]:
         total = np.zeros(n)

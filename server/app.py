@@ -10,8 +10,7 @@ Guarantees:
 
 Design: Flower's ``send_and_receive`` polls every three seconds and holds every reply; its
 ``pull_messages`` waits seconds for a reply that is still being uploaded. The calls below them are
-used instead; ``tests/server/test_link.py`` fails when a new Flower renames one. The packing of
-letters repeats ``client/app.py``, which the coordinator may not import.
+used instead; ``tests/server/test_link.py`` fails when a new Flower renames one.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, Context, Message, MessageType
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.serverapp import Grid, ServerApp
@@ -36,10 +35,10 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from server.rounds import Ask
+from shared_models.envelope import letter_from, record_from
 from shared_models.errors import DocumentError, MachineError
 from shared_models.wire import Letter
 
-FIELDS = ("kind", "document", "key", "signature")
 CONNECT_S = 120.0
 POLL_S = 0.15
 PATIENCE_S = 30.0  # how long a site may be off the net before its round is given up
@@ -237,48 +236,3 @@ def _line(pem: bytes) -> str:
     key = serialization.load_pem_public_key(pem)
     line = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     return line.decode()
-
-
-def record_from(letter: Letter) -> RecordDict:
-    """Pack a letter for Flower, as ``client.app.record_from`` does."""
-    content = RecordDict()
-    content["letter"] = ConfigRecord({name: getattr(letter, name) for name in FIELDS})
-    if letter.buckets:
-        content["weights"] = ArrayRecord(
-            {
-                f"{index:04d}": Array(dtype="uint8", shape=(len(bucket),), stype="raw", data=bucket)
-                for index, bucket in enumerate(letter.buckets)
-            }
-        )
-    return content
-
-
-def letter_from(record: RecordDict) -> Letter:
-    """Unpack a letter that came through Flower, as ``client.app.letter_from`` does.
-
-    Raises:
-        DocumentError: if the record is anything but a letter.
-    """
-    fields = record.get("letter")
-    if not isinstance(fields, ConfigRecord) or not set(record) <= {"letter", "weights"}:
-        raise DocumentError("expected a record 'letter' and at most a record 'weights'")
-    texts = {name: value for name, value in fields.items() if isinstance(value, str)}
-    if len(texts) != len(fields) or set(texts) != set(FIELDS):
-        raise DocumentError(f"expected a letter of the texts {', '.join(FIELDS)}")
-    buckets = _buckets(record["weights"]) if "weights" in record else ()
-    return Letter(**texts, buckets=buckets)
-
-
-def _buckets(weights: object) -> tuple[bytes, ...]:
-    if not isinstance(weights, ArrayRecord) or not weights:
-        raise DocumentError("expected weights in an array record that is not empty")
-    names = [f"{index:04d}" for index in range(len(weights))]
-    if set(weights) != set(names):
-        raise DocumentError("expected the buckets to be numbered without a gap")
-    arrays = [weights[name] for name in names]
-    if not all(
-        array.dtype == "uint8" and array.stype == "raw" and array.shape == (len(array.data),)
-        for array in arrays
-    ):
-        raise DocumentError("expected buckets of raw bytes")
-    return tuple(array.data for array in arrays)

@@ -28,7 +28,7 @@ from shared_models.errors import ConsiliaError, RunError
 from shared_models.plan import StudyPlan
 from shared_models.signing import digest as digest_of
 from shared_models.weights import Array, Weights, digest, flatten, is_finite, schema_of, unflatten
-from shared_models.wire import Letter, seal, unseal
+from shared_models.wire import Letter, seal, to_buckets, unseal
 from strategies.base import State, Strategy, Update
 
 #: (letters by site, deadline_s) to (site, answer or None), in the order of the sites' names.
@@ -131,8 +131,9 @@ def ask_all(
 def orders_for(
     plan: StudyPlan, weights: Weights, *, kind: OrderKind, round_: int, consortium: Consortium
 ) -> dict[str, Letter]:
-    """Return one signed order for each site, all with the same weights."""
+    """Return one signed order for each site; all share one copy of the weights."""
     vector = flatten(weights)
+    buckets = to_buckets(vector)
     now = datetime.now(UTC)
     deadline_s = _deadline_s(plan, kind)
     return {
@@ -147,8 +148,7 @@ def orders_for(
                 expires_at=now + timedelta(seconds=deadline_s),
             ),
             key=consortium.key,
-            vector=vector,
-        )
+        )._replace(buckets=buckets)
         for site in sorted(consortium.sites)
     }
 

@@ -159,8 +159,8 @@ def _row_objections(rows: Sequence[Row], *, root: Path) -> Iterator[str]:
             yield f"{where}: a patient is in two splits; give all their images the same one"
         if not (root / row.image).exists():
             yield (
-                f"{where}: missing image: the manifest names a file (a label without an image) that "
-                "is not there; restore it or remove the line"
+                f"{where}: a label without an image: the file the manifest names is missing; "
+                "restore it or remove the line"
             )
 
 

@@ -44,6 +44,6 @@ def make(
         channels=tuple(channels),
         strides=tuple(strides),
         num_res_units=num_res_units,
-        act="relu",
+        act="prelu",
         norm=("group", {"num_groups": num_groups}) if norm == "group" else "instance",
     )

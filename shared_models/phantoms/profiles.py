@@ -55,7 +55,7 @@ HOSPITALS: tuple[HospitalProfile, ...] = (
         is_signed=False,
         is_top_first=False,
         lesion_fraction=0.5,
-        num_patients=130,
+        num_patients=300,
     ),
     HospitalProfile(
         name="north_clinic",
@@ -74,7 +74,7 @@ HOSPITALS: tuple[HospitalProfile, ...] = (
         is_signed=True,
         is_top_first=True,
         lesion_fraction=0.35,
-        num_patients=110,
+        num_patients=260,
     ),
     HospitalProfile(
         name="lakeside",
@@ -93,6 +93,6 @@ HOSPITALS: tuple[HospitalProfile, ...] = (
         is_signed=False,
         is_top_first=False,
         lesion_fraction=0.65,
-        num_patients=90,
+        num_patients=220,
     ),
 )

@@ -42,8 +42,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client import agent
-from client.app import FAILED, letter_from, make_app, record_from
-from server import app as server_app
+from client.app import FAILED, make_app
+from shared_models.envelope import letter_from, record_from
 from shared_models.errors import DocumentError
 from shared_models.wire import Letter
 
@@ -90,15 +90,6 @@ def test_a_letter_survives_the_journey(letter: Letter) -> None:
     assert letter_from(travelled(record_from(letter))) == letter
 
 
-@settings(deadline=None, derandomize=True)
-@given(letters)
-def test_both_sides_pack_and_unpack_alike(letter: Letter) -> None:
-    theirs = server_app.record_from(letter)
-    assert theirs.object_id == record_from(letter).object_id
-    assert server_app.letter_from(travelled(record_from(letter))) == letter
-    assert letter_from(travelled(theirs)) == letter
-
-
 def raw(data: bytes = b"1234", **changed: Any) -> Array:
     return Array(**({"dtype": "uint8", "shape": (4,), "stype": "raw", "data": data} | changed))
 
@@ -130,11 +121,10 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("unpack", [letter_from, server_app.letter_from])
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_record_that_is_not_exactly_a_letter_is_refused(name: str, unpack: Any) -> None:
+def test_a_record_that_is_not_exactly_a_letter_is_refused(name: str) -> None:
     with pytest.raises(DocumentError):
-        unpack(RecordDict(FOREIGN[name]))
+        letter_from(RecordDict(FOREIGN[name]))
 
 
 def test_a_reply_to_a_failed_order_carries_no_text_of_the_exception(

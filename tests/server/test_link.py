@@ -6,6 +6,7 @@ import os
 import socket
 import ssl
 import stat
+import subprocess
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -202,10 +203,13 @@ def test_the_last_look_asks_about_everybody() -> None:
     assert grid.pulled == [False]
 
 
-def test_processes_are_found_by_their_mark(monkeypatch: pytest.MonkeyPatch) -> None:
-    mark = "nobody carries this mark"
-    assert link._marked(mark) == []
-    assert os.getpid() not in link._marked(mark)
+def test_processes_are_found_by_their_mark() -> None:
+    environment = os.environ | {link.MARK: "this one"}
+    with subprocess.Popen(["sleep", "30"], env=environment, start_new_session=True) as process:
+        assert link._marked("this one") == [process.pid]
+        assert link._marked("this") == []
+        link._end(process, mark="this one")
+    assert link._marked("this one") == []
 
 
 @pytest.mark.parametrize(

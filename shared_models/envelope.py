@@ -1,0 +1,59 @@
+"""A door: letters in Flower's records and out again, the same for coordinator and site.
+
+A letter's four texts go in a ConfigRecord, its buckets in an ArrayRecord of raw bytes: a few large
+objects instead of one or two for each tensor, and nothing that numpy or pickle would have to open.
+"""
+
+from __future__ import annotations
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from shared_models.errors import DocumentError
+from shared_models.wire import Letter
+
+FIELDS = ("kind", "document", "key", "signature")
+
+
+def record_from(letter: Letter) -> RecordDict:
+    """Pack a letter for Flower."""
+    content = RecordDict()
+    content["letter"] = ConfigRecord({name: getattr(letter, name) for name in FIELDS})
+    if letter.buckets:
+        content["weights"] = ArrayRecord(
+            {
+                f"{index:04d}": Array(dtype="uint8", shape=(len(bucket),), stype="raw", data=bucket)
+                for index, bucket in enumerate(letter.buckets)
+            }
+        )
+    return content
+
+
+def letter_from(record: RecordDict) -> Letter:
+    """Unpack a letter that came through Flower.
+
+    Raises:
+        DocumentError: if the record is anything but a letter.
+    """
+    fields = record.get("letter")
+    if not isinstance(fields, ConfigRecord) or not set(record) <= {"letter", "weights"}:
+        raise DocumentError("expected a record 'letter' and at most a record 'weights'")
+    texts = {name: value for name, value in fields.items() if isinstance(value, str)}
+    if len(texts) != len(fields) or set(texts) != set(FIELDS):
+        raise DocumentError(f"expected a letter of the texts {', '.join(FIELDS)}")
+    buckets = _buckets(record["weights"]) if "weights" in record else ()
+    return Letter(**texts, buckets=buckets)
+
+
+def _buckets(weights: object) -> tuple[bytes, ...]:
+    if not isinstance(weights, ArrayRecord) or not weights:
+        raise DocumentError("expected weights in an array record that is not empty")
+    names = [f"{index:04d}" for index in range(len(weights))]
+    if set(weights) != set(names):
+        raise DocumentError("expected the buckets to be numbered without a gap")
+    arrays = [weights[name] for name in names]
+    if not all(
+        array.dtype == "uint8" and array.stype == "raw" and array.shape == (len(array.data),)
+        for array in arrays
+    ):
+        raise DocumentError("expected buckets of raw bytes")
+    return tuple(array.data for array in arrays)
