@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -134,7 +135,8 @@ def answer(letter: Letter, site: Site) -> Letter:
         return seal(refusal(order, "budget"), key=site.key)
     except Exception as error:
         log.error("round %d failed: %s", order.round_, type(error).__name__)
-        log.debug("where it failed", exc_info=True)
+        # the lines of code only: a message may quote a file's name or its content
+        log.debug("it failed at\n%s", "".join(traceback.format_tb(error.__traceback__)))
         return seal(refusal(order, "failed"), key=site.key)
 
 

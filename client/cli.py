@@ -73,10 +73,13 @@ def judge(plan: PlanFile, config: ConfigFile = Path("site.toml"), as_json: AsJso
     """Say everything this hospital objects to in a plan. Exit 0: may be approved; 1: may not."""
     from client import config as configs
     from client import policy
-    from shared_models import plan as plans
+    from shared_models.catalogue import objections_to_file
 
-    signed, site = plans.read(plan), configs.read(config)
-    _verdict(policy.judge(signed.plan, site, today=_today()), as_json=as_json)
+    site = configs.read(config)
+    signed, found = objections_to_file(plan, today=_today())
+    if signed is not None:
+        found = policy.judge(signed.plan, site, today=_today())
+    _verdict(found, as_json=as_json)
 
 
 @app.command()

@@ -116,8 +116,8 @@ def opacus_engine(
     mixing = _mixing(net)
     if mixing:
         raise ValueError(
-            f"expected layers that keep no statistics over images, got them in {', '.join(mixing[:5])}; "
-            "use group normalization"
+            "expected layers that keep no statistics over images, got them in "
+            f"{', '.join(mixing[:5])}; use group normalization"
         )
     objections = ModuleValidator.validate(net, strict=False)
     if objections:

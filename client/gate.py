@@ -29,6 +29,7 @@ from shared_models.contracts import (
     SiteReply,
 )
 from shared_models.plan import StudyPlan
+from shared_models.privacy import COVERS, DOES_NOT_COVER
 from shared_models.weights import Array, Schema, Weights
 
 log = logging.getLogger(__name__)
@@ -113,6 +114,8 @@ def _objections(
         allowed = min(plan.privacy.epsilon, site.policy.max_epsilon_per_study)
         if result.privacy.epsilon > allowed:
             found.append("the study's epsilon exceeds what plan and site allow")
+    if result.privacy is not None and not _is_ours(result.privacy):
+        found.append("the privacy statement is not in the platform's own words")
     if is_trained and result.num_patients < max(plan.min_patients, site.policy.min_patients):
         found.append("fewer patients than the plan or the site allows")
     return found
@@ -129,6 +132,10 @@ def _update_objections(update: Weights, schema: Schema, max_mb: float) -> list[s
     if not all(weights_of.is_finite(value.ravel()) for value in update.values()):
         found.append("the update holds a number that is not finite")
     return found
+
+
+def _is_ours(privacy: PrivacyStatement) -> bool:
+    return (privacy.covers, privacy.does_not_cover) == (COVERS, DOES_NOT_COVER)
 
 
 def _redacted(

@@ -42,13 +42,14 @@ def secure() -> Randomness:
 
     def uniform(n: int) -> NDArray[np.float64]:
         raw = np.frombuffer(stream.update(bytes(8 * n)), dtype="<u8")
-        return np.ldexp((raw >> np.uint64(11)).astype(np.float64), -53)
+        return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def normal(n: int) -> NDArray[np.float64]:
         total = np.zeros(n)
         for _ in range(NUM_SUMMED):
             total += _box_muller(uniform, n)
-        return total / np.sqrt(NUM_SUMMED)
+        total /= np.sqrt(NUM_SUMMED)
+        return total
 
     return Randomness(uniform, normal)
 

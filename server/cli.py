@@ -108,16 +108,9 @@ def simulate(
 @app.command()
 def check(plan: PlanFile, as_json: AsJson = False) -> None:
     """Say everything that is wrong with a plan. Exit 0: nothing; 1: something."""
-    from shared_models import plan as plans
-    from shared_models.catalogue import objections
-    from shared_models.errors import DocumentError
+    from shared_models.catalogue import objections_to_file
 
-    if not plan.is_file():
-        raise DocumentError(f"there is no file {plan}")
-    try:
-        found = objections(plans.read(plan).plan, today=_today())
-    except DocumentError as error:
-        found = list(error.objections)
+    _, found = objections_to_file(plan, today=_today())
     if as_json:
         print(json.dumps({"valid": not found, "objections": found}))
     else:

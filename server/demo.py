@@ -18,9 +18,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from server import link, report, store
+from server import link, recipes, report, store
 from server.hospitals import DataSet, adopt, join, write_manifests
-from server.recipes import plan_for
 from shared_models import phantoms
 from shared_models import plan as plans
 from shared_models.contracts import RoundRecord, StudyReport
@@ -61,31 +60,50 @@ class Options(NamedTuple):
     classes: tuple[str, ...] = ()
 
 
+class Office(NamedTuple):
+    """The coordinator's own folder and what it prepared there."""
+
+    folder: Path
+    plan: StudyPlan
+    tls: link.TlsFiles
+    port: int
+    site_dirs: Mapping[str, Path]
+    identities: Mapping[str, Mapping[str, str]]
+
+
 def run(options: Options, progress: Progress) -> StudyReport:
     """Run the demonstration and return its report; results lie in ``options.out``.
 
     Raises:
-        ConsiliaError: with the cure; where the input was bad, nothing has been written.
+        ConsiliaError: with the cure. If the study never started, nothing has been left behind; if
+            it did, its folder is kept, for its logs.
     """
     check_room(options.out)
-    data = (
-        None
-        if options.data is None
-        else adopt(options.data, task=options.task, classes=options.classes)
-    )
-    made = not options.out.exists()
+    recipes.check_task(options.task)
+    data = None
+    if options.data is not None:
+        data = adopt(options.data, task=options.task, classes=options.classes)
+    with _removed_on_failure(options.out):
+        office = _prepared(options, data, progress)
+    with ExitStack() as stack:
+        _conduct(options.out, office, progress, stack)
+    return report.read(options.out / "report.json")
+
+
+@contextmanager
+def _removed_on_failure(out: Path) -> Iterator[None]:
+    """Take away what was written to ``out``, and ``out`` if it is new, should anything fail."""
+    is_new = not out.exists()
     try:
-        data = data or _phantoms(options, progress)
-        with ExitStack() as stack:
-            _study(options, data, progress, stack)
-        return report.read(options.out / "report.json")
-    except OSError as error:
-        if made:
-            shutil.rmtree(options.out, ignore_errors=True)
-        raise MachineError(
-            f"cannot write to {options.out}: {error.strerror}; free some space or choose another "
-            "--out"
-        ) from error
+        yield
+    except BaseException as error:
+        for entry in [out] if is_new else list(out.iterdir()):
+            shutil.rmtree(entry, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise MachineError(
+                f"cannot write to {out}: {error.strerror}; free some space or choose another --out"
+            ) from error
+        raise
 
 
 def check_room(out: Path) -> None:
@@ -117,17 +135,18 @@ def _phantoms(options: Options, progress: Progress) -> DataSet:
     return adopt(join(folder), task=options.task, classes=classes)
 
 
-def _study(options: Options, data: DataSet, progress: Progress, stack: ExitStack) -> None:
-    out, office = options.out, options.out / "coordinator"
-    office.mkdir(parents=True)
+def _prepared(options: Options, data: DataSet | None, progress: Progress) -> Office:
+    """Make everything the study needs before its first process: data, keys, plan, settings."""
+    out, folder = options.out, options.out / "coordinator"
+    data = data or _phantoms(options, progress)
+    folder.mkdir(parents=True)
     progress.stage("making certificates and keys")
-    key = create_key(office / "signing.pem")
-    tls = link.certificates(office / "tls", hosts=["127.0.0.1", "localhost"])
+    key = create_key(folder / "signing.pem")
+    tls = link.certificates(folder / "tls", hosts=["127.0.0.1", "localhost"])
     port = link.free_port()
     site_dirs = {site: out / "sites" / site for site in data.sites}
-    write_manifests(data, site_dirs=site_dirs, validation=office / "validation.csv")
-    identities = _init_sites(options, data, site_dirs, tls, port, public_key(key))
-    plan = plan_for(
+    write_manifests(data, site_dirs=site_dirs, validation=folder / "validation.csv")
+    plan = recipes.plan_for(
         data,
         name=f"demo-{options.task}",
         task=options.task,
@@ -136,20 +155,30 @@ def _study(options: Options, data: DataSet, progress: Progress, stack: ExitStack
         epsilon=options.epsilon,
         num_rounds=options.num_rounds,
     )
+    identities = _init_sites(options, data, site_dirs, tls, port, public_key(key))
     (out / "plan.toml").write_text(plans.render(plan, sign(plan, key=key)), encoding="utf-8")
-    store.write_settings(out, _settings(options, data, office, identities))
+    store.write_settings(out, _settings(options, data, folder, identities))
+    return Office(folder, plan, tls, port, site_dirs, identities)
+
+
+def _conduct(out: Path, office: Office, progress: Progress, stack: ExitStack) -> None:
+    """Start everything, run the study, and leave the stopping to ``stack``."""
     progress.stage("starting the SuperLink; hospitals judge and approve the plan")
-    approvals = _start_approvals(out, site_dirs)
+    approvals = _start_approvals(out, office.site_dirs)
+    log_file = office.folder / "superlink.log"
     superlink = stack.enter_context(
-        link.superlink(office / "superlink", tls=tls, port=port, log_file=office / "superlink.log")
+        link.superlink(
+            office.folder / "superlink", tls=office.tls, port=office.port, log_file=log_file
+        )
     )
-    for site, identity in identities.items():
+    for site, identity in office.identities.items():
         superlink.register(identity["node"], site)
     _collect_approvals(out, approvals)
-    agents = stack.enter_context(_agents(site_dirs))
-    progress.stage("federated rounds", total=plan.training.num_rounds)
-    run_id = superlink.submit(link.thin_app(office / "app"), {"run-dir": str(out.resolve())})
-    _watch(out, plan, superlink, run_id, agents, progress)
+    agents = stack.enter_context(_agents(office.site_dirs))
+    progress.stage("federated rounds", total=office.plan.training.num_rounds)
+    run_dir = {"run-dir": str(out.resolve())}
+    run_id = superlink.submit(link.thin_app(office.folder / "app"), run_dir)
+    _watch(out, office.plan, superlink, run_id, agents, progress)
 
 
 def _init_sites(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,7 +84,7 @@ def adopt(data_dir: Path, *, task: str, classes: Sequence[str] = ()) -> DataSet:
     if not records:
         raise DataError(f"{manifest} lists no images")
     image, patient = _column(records, IMAGE_COLUMNS), _column(records, PATIENT_COLUMNS)
-    label = _label_column(records, task)
+    label = _label_column(records, task, taken=("site", "split", image, patient))
     if "site" not in records[0]:
         raise DataError(f"{manifest}: missing column site; it says which hospital an image is of")
     rows = tuple(_row(r, image=image, patient=patient, label=label) for r in records)
@@ -137,13 +137,15 @@ def _column(records: Sequence[Mapping[str, str]], names: Sequence[str]) -> str:
     return found
 
 
-def _label_column(records: Sequence[Mapping[str, str]], task: str) -> str:
+def _label_column(
+    records: Sequence[Mapping[str, str]], task: str, *, taken: Collection[str]
+) -> str:
     """Maps: the column that holds them. Classes: the first whose every value is a small number."""
     if task == "segmentation":
         names = [n for n in MAP_COLUMNS if n in records[0] and not _are_classes(records, n)]
         expected = f"a column with label maps, {' or '.join(MAP_COLUMNS)}"
     else:
-        names = [n for n in records[0] if n not in ("site", "split") and _are_classes(records, n)]
+        names = [n for n in records[0] if n not in taken and _are_classes(records, n)]
         expected = "a column of class numbers (0, 1, ...)"
     if not names:
         raise DataError(f"manifest.csv: expected {expected} for the task {task}")
@@ -161,9 +163,12 @@ def _are_classes(records: Sequence[Mapping[str, str]], name: str) -> bool:
 
 
 def _objections(rows: Sequence[Mapping[str, str]], root: Path, *, task: str) -> Iterator[str]:
+    splits: dict[str, str] = {}
     for line, row in enumerate(rows, start=2):
         if not row["image"] or not row["patient"]:
             yield f"line {line}: expected an image and a patient"
+        elif splits.setdefault(row["patient"], row["split"]) != row["split"]:
+            yield f"line {line}: a patient is in two splits; give all their images the same one"
         elif not (root / row["image"]).exists():
             yield f"line {line}: the image is missing; restore it or remove the line"
         if not row["label"]:

@@ -1,7 +1,7 @@
 """Plans for demonstrations: TOML files in ``server/plans``, one for each task and kind of image.
 
 A recipe is an unfinished plan. Sites, classes, seed, dates and the noise that meets the epsilon
-asked for are filled in here; ``[private.training]`` replaces ``[training]`` when privacy is on.
+asked for are filled in here; each ``[private.*]`` table replaces the one of its name when privacy is on.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from shared_models.volume import NIFTI, PICTURES
 
 FOLDER = "plans"
 VALID_DAYS = 30
+MOST_DELTA = 1e-3
 
 
 def plan_for(
@@ -37,13 +38,12 @@ def plan_for(
     """Return an unsigned plan for ``data``; ``epsilon`` None means without privacy.
 
     Raises:
-        ConsiliaError: if there is no recipe; the message names those there are.
-        ValueError: if epsilon cannot be met.
+        ConsiliaError: if there is no recipe, naming those there are, or epsilon cannot be met.
     """
     recipe = _recipe(task, kind_of(data))
     private = recipe.pop("private")
     if epsilon is not None:
-        recipe["training"] = private["training"]
+        recipe |= {table: content for table, content in private.items() if table != "privacy"}
     if num_rounds is not None:
         recipe["training"]["num_rounds"] = num_rounds
     recipe["task"]["params"] = {"classes": list(data.classes), **recipe["task"].get("params", {})}
@@ -66,6 +66,17 @@ def plan_for(
     )
 
 
+def check_task(task: str) -> None:
+    """Refuse a task no recipe is for.
+
+    Raises:
+        ConsiliaError: naming the tasks there are.
+    """
+    tasks = sorted({name.rpartition("-")[0] for name in _known()})
+    if task not in tasks:
+        raise ConsiliaError(f"no recipe for the task '{task}'; known: {', '.join(tasks)}")
+
+
 def kind_of(data: DataSet) -> str:
     """Return what the images are: picture, volume (NIfTI) or series (DICOM)."""
     image = Path(data.rows[0]["image"])
@@ -75,8 +86,8 @@ def kind_of(data: DataSet) -> str:
 
 
 def delta_for(data: DataSet) -> float:
-    """Return 1 / (10 N) for the largest training set, rounded down to one digit."""
-    exact = 1 / (10 * max(data.training_patients().values()))
+    """Return 1 / (10 N) for the largest training set, one in a thousand at most, rounded down."""
+    exact = min(1 / (10 * max(data.training_patients().values())), MOST_DELTA)
     scale = 10.0 ** math.floor(math.log10(exact))
     return float(f"{math.floor(exact / scale) * scale:.0e}")
 
@@ -87,19 +98,27 @@ def _privacy(
     if epsilon is None:
         return None
     delta = delta_for(data)
-    noise_multiplier = calibrate(
-        epsilon_target=epsilon,
-        delta=delta,
-        sample_rate=training.sample_rate,
-        steps=2 * training.num_rounds * training.steps_per_round,  # training alone costs as much
-    )
+    try:
+        noise_multiplier = calibrate(
+            epsilon_target=epsilon,
+            delta=delta,
+            sample_rate=training.sample_rate,
+            steps=2 * training.num_rounds * training.steps_per_round,  # alone costs as much again
+        )
+    except ValueError as error:
+        raise ConsiliaError(f"--epsilon: {error}; ask for more, or plan fewer --rounds") from error
     return {**terms, "epsilon": epsilon, "delta": delta, "noise_multiplier": noise_multiplier}
 
 
 def _recipe(task: str, kind: str) -> dict[str, Any]:
-    folder = files("server") / FOLDER
-    known = sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".toml"))
+    known = _known()
     wanted = f"{task}-{kind}"
     if wanted not in known:
         raise ConsiliaError(f"no recipe called '{wanted}' (task-images); known: {', '.join(known)}")
-    return tomllib.loads((folder / f"{wanted}.toml").read_text(encoding="utf-8"))
+    file = files("server") / FOLDER / f"{wanted}.toml"
+    return tomllib.loads(file.read_text(encoding="utf-8"))
+
+
+def _known() -> list[str]:
+    folder = files("server") / FOLDER
+    return sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".toml"))

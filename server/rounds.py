@@ -34,6 +34,8 @@ from strategies.base import State, Strategy, Update
 #: (letters by site, deadline_s) to (site, answer or None), in the order of the sites' names.
 Ask = Callable[[Mapping[str, Letter], float], Iterator[tuple[str, Letter | None]]]
 Validate = Callable[[Weights], Evaluation]
+#: More training patients than this are not believed of one site.
+MOST_PATIENTS = 10_000_000
 
 
 class Consortium(NamedTuple):
@@ -102,6 +104,7 @@ def train_round(
             answers.append(answer._replace(update=None))
             if answer.update is not None:
                 yield answer.update
+            del answer  # nothing of one site lives on while the next one is fetched
 
     try:
         new, state = strategy.step(weights, updates(), state)
@@ -171,12 +174,16 @@ def answered(
         if letter is None:
             yield Answer(_refusal(order, "no-answer"), None, 0)
             continue
-        try:
-            said, update = checked(letter, order=order, key=consortium.sites[site], weights=weights)
-        except (ConsiliaError, ValueError):
-            yield Answer(_refusal(order, "bad-reply"), None, letter.size_bytes)
-        else:
-            yield Answer(said, update, letter.size_bytes)
+        yield _answer(letter, order=order, key=consortium.sites[site], weights=weights)
+        del letter
+
+
+def _answer(letter: Letter, *, order: RoundOrder, key: str, weights: Weights) -> Answer:
+    try:
+        said, update = checked(letter, order=order, key=key, weights=weights)
+    except (ConsiliaError, ValueError):
+        return Answer(_refusal(order, "bad-reply"), None, letter.size_bytes)
+    return Answer(said, update, letter.size_bytes)
 
 
 def checked(
@@ -228,8 +235,8 @@ def _update(said: SiteReply, vector: Array | None, weights: Weights) -> Update:
         raise ValueError("expected the update the reply announces")
     if not is_finite(vector):
         raise ValueError("expected finite numbers")
-    if said.num_patients < 1:
-        raise ValueError("expected at least one patient")
+    if not 1 <= said.num_patients <= MOST_PATIENTS:
+        raise ValueError(f"expected from 1 to {MOST_PATIENTS} patients")
     return Update(said.site, said.num_patients, unflatten(vector, schema_of(weights)))
 
 

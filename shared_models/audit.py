@@ -91,10 +91,7 @@ def audit_run(run_dir: Path) -> AuditReport:
     """
     signed = plans.read(run_dir / "plan.toml")
     report = _parsed(run_dir / "report.json", StudyReport.model_validate_json)
-    records = [
-        RoundRecord.model_validate_json(line)
-        for line in plans.read_text(run_dir / "rounds.jsonl").splitlines()
-    ]
+    records = _parsed(run_dir / "rounds.jsonl", _records)
     findings = [
         *_plan_findings(signed, report),
         *_approval_findings(run_dir, signed),
@@ -113,18 +110,26 @@ def _plan_findings(signed: SignedPlan, report: StudyReport) -> Iterator[Finding]
     is_signed = is_signed_by(plan, signed.signature, key=plan.coordinator)
     yield "the plan is signed by its coordinator", is_signed
     yield "the report is of this plan", report.study == digest(plan)
-    same_plan = plans.parse(report.plan_toml).plan == plan
-    yield "the plan printed in the report is the signed one", same_plan
+    yield "the plan printed in the report is the signed one", _is_of(report.plan_toml, plan)
+    named = [site.name for site in report.sites]
+    yield "the report speaks of every site of the plan", named == list(plan.sites)
+
+
+def _is_of(text: str, plan: StudyPlan) -> bool:
+    try:
+        return plans.parse(text).plan == plan
+    except DocumentError:
+        return False
 
 
 def _approval_findings(run_dir: Path, signed: SignedPlan) -> Iterator[Finding]:
     settings = _parsed(run_dir / "run.json", json.loads)
     for site in signed.plan.sites:
         file = run_dir / "approvals" / f"{site}.json"
-        key = settings.get("sites", {}).get(site, {}).get("signing", "")
         try:
+            key = str(settings["sites"][site]["signing"])
             found = Countersignature.model_validate_json(file.read_bytes())
-        except (OSError, ValidationError):
+        except (OSError, ValidationError, LookupError, TypeError):
             yield f"{site} approved this plan", False
             continue
         approval = found.approval
@@ -140,12 +145,14 @@ def _privacy_findings(
     plan: StudyPlan, records: list[RoundRecord], report: StudyReport
 ) -> Iterator[Finding]:
     if plan.privacy is None:
-        yield "a study without privacy claims none", all(s.privacy is None for s in report.sites)
+        claims = [s.name for s in report.sites if s.privacy is not None or s.epsilon is not None]
+        yield "a study without privacy claims none", not claims
         return
     for site in report.sites:
         steps = _steps_answered(plan, records, site.name)
         if site.privacy is None:
-            yield f"{site.name}: an epsilon is stated for what it trained", steps == 0
+            is_silent = steps == 0 and site.epsilon is None
+            yield f"{site.name}: an epsilon is stated for what it trained", is_silent
             continue
         events = (event_of(plan, steps=steps),) if steps else ()
         least = epsilon(events, delta=plan.privacy.delta)
@@ -159,6 +166,8 @@ def _privacy_findings(
             stated <= plan.privacy.epsilon,
         )
         yield f"{site.name}: the stated mechanism is the plan's", _is_plans(site.privacy, plan)
+        printed = (site.epsilon, site.delta) == (stated, site.privacy.delta)
+        yield f"{site.name}: the epsilon printed is the one stated", printed
 
 
 def _steps_answered(plan: StudyPlan, records: list[RoundRecord], site: str) -> int:
@@ -201,6 +210,10 @@ def _model_findings(
     curves = [(p.round_, p.seconds, p.received_bytes) for p in report.rounds]
     told = [(r.round_, r.seconds, r.received_bytes) for r in trained]
     yield "the report's rounds are those of rounds.jsonl", curves == told
+
+
+def _records(lines: str) -> list[RoundRecord]:
+    return [RoundRecord.model_validate_json(line) for line in lines.splitlines()]
 
 
 def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:

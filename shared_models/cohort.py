@@ -120,7 +120,7 @@ def read_rows(manifest: Path, *, root: Path, key: str) -> list[Row]:
             missing = [c for c in COLUMNS if c not in (reader.fieldnames or ())]
             if missing:
                 raise DataError(f"{manifest.name}: missing column {', '.join(missing)}")
-            rows = [_row(record, line, key=key) for line, record in enumerate(reader, start=2)]
+            rows = [_row(record, reader.line_num, key=key) for record in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot read {manifest.name} as CSV: {type(error).__name__}") from None
     if not rows:
@@ -157,11 +157,18 @@ def _row_objections(rows: Sequence[Row], *, root: Path) -> Iterator[str]:
             yield f"{where}: expected a split that is one of {', '.join(SPLITS)}"
         elif split_by_patient.setdefault(row.patient, row.split) != row.split:
             yield f"{where}: a patient is in two splits; give all their images the same one"
-        if not (root / row.image).exists():
+        if not _exists(root / row.image):
             yield (
                 f"{where}: a label without an image: the file the manifest names is missing; "
                 "restore it or remove the line"
             )
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return file.exists()
+    except OSError:  # a name too long, a folder that may not be read; the message names the file
+        return False
 
 
 def _examples(

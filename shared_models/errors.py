@@ -59,6 +59,7 @@ EXIT_CODES = {
     0: "yes, or done",
     1: "no, or refused",
     2: "wrong usage",
+    ConsiliaError.exit_code: "something else a person must put right",
     **{
         error.exit_code: (error.__doc__ or "").split("\n")[0].rstrip(".")
         for error in (
@@ -70,6 +71,7 @@ EXIT_CODES = {
             LedgerError,
         )
     },
+    130: "interrupted; every process was ended",
 }
 
 EXIT_CODES_HELP = "Exit codes: " + "; ".join(f"{code} {text}" for code, text in EXIT_CODES.items())

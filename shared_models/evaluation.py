@@ -38,10 +38,12 @@ def evaluate(
 
 def summarize(scores: Sequence[Scores], *, task: Task, with_intervals: bool) -> Evaluation:
     """Turn the scores of each patient, (images, columns), into metrics."""
-    pooled = np.concatenate(scores) if scores else np.zeros((0, 1))
+    if not scores:
+        return Evaluation(metrics={}, num_patients=0, num_images=0)
+    pooled = np.concatenate(scores)
     return Evaluation(
         metrics=_rounded(task.metrics(pooled)),
-        intervals=_intervals(scores, task=task) if with_intervals and scores else {},
+        intervals=_intervals(scores, task=task) if with_intervals else {},
         num_patients=len(scores),
         num_images=len(pooled),
     )

@@ -180,6 +180,10 @@ def parse(text: str) -> SignedPlan:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise DocumentError(f"the plan is not TOML: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DocumentError(
+            "the plan is not TOML that can be read: too deep or too long"
+        ) from error
     signature = data.pop("signature", None)
     try:
         return SignedPlan(

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from decimal import ROUND_CEILING, Decimal
 from functools import lru_cache
 from typing import Any
 
@@ -119,8 +120,11 @@ def calibrate(*, epsilon_target: float, delta: float, sample_rate: float, steps:
     Rounded up to three decimals, then checked: never gives less privacy than asked.
 
     Raises:
-        ValueError: if the target cannot be met with a noise multiplier of at most 1,000.
+        ValueError: if the target is no positive number, or cannot be met with a noise multiplier
+            of 512.
     """
+    if not 0 < epsilon_target < math.inf:
+        raise ValueError(f"expected a positive, finite epsilon, got {epsilon_target}")
 
     def cost(noise_multiplier: float) -> float:
         event = PrivacyEvent(
@@ -181,5 +185,6 @@ def _compose(accountant: Any, merged: tuple[tuple[float, float, int], ...], delt
         step = PoissonSampledDpEvent(rate, GaussianDpEvent(noise))
         accountant.compose(SelfComposedDpEvent(step, steps))
     value = float(accountant.get_epsilon(delta))
-    scale = 10**DECIMALS
-    return math.ceil(value * scale) / scale if math.isfinite(value) else math.inf
+    if not math.isfinite(value):
+        return math.inf
+    return float(Decimal(value).quantize(Decimal(1).scaleb(-DECIMALS), rounding=ROUND_CEILING))

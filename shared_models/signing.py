@@ -5,7 +5,8 @@ Python's shortest round-trip form. Each signature is bound to the contract's cla
 signed order can never pass for a signed approval.
 
 Guarantees:
-    Equal contracts have equal canonical bytes.
+    The order of fields changes no canonical byte.
+    What is read back from canonical bytes has the same canonical bytes.
     A signature over one kind of contract never verifies as another.
     A changed field breaks the signature.
 
@@ -20,7 +21,7 @@ import json
 import os
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import (
     Ed25519PrivateKey,
@@ -103,7 +104,7 @@ def load_key(file: Path) -> Ed25519PrivateKey:
     """
     try:
         key = serialization.load_pem_private_key(file.read_bytes(), password=None)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise DocumentError(
             f"cannot read the signing key {file}: {type(error).__name__}"
         ) from error

@@ -20,7 +20,10 @@ def split_of(patient: str, *, key: str, test: float = 0.2, val: float = 0.0) -> 
         All images of one patient are in one split.
         A new patient never moves another.
     """
-    hashed = hashlib.blake2b(patient.encode(), key=key.encode()[:64], digest_size=8).digest()
+    secret = key.encode()
+    if len(secret) > hashlib.blake2b.MAX_KEY_SIZE:
+        secret = hashlib.blake2b(secret).digest()
+    hashed = hashlib.blake2b(patient.encode(), key=secret, digest_size=8).digest()
     position = int.from_bytes(hashed, "big") / 2**64
     if position < test:
         return "test"

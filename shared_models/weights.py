@@ -63,7 +63,9 @@ def subtract(left: Weights, right: Weights) -> dict[str, Array]:
 
 def is_finite(vector: Array) -> bool:
     """Tell whether every number is finite, in one pass without a copy of the vector."""
-    return bool(np.isfinite(np.dot(vector, vector))) or bool(np.isfinite(vector).all())
+    with np.errstate(over="ignore", invalid="ignore"):
+        is_small = bool(np.isfinite(np.dot(vector, vector)))
+    return is_small or bool(np.isfinite(vector).all())
 
 
 def digest(vector: Array) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shared_models.weights import Array, Weights
 from strategies.base import State, Strategy, Update
@@ -46,11 +47,16 @@ def _average(
     total = 0
     for update in updates:
         total += update.num_patients
-        for name, value in update.arrays.items():
-            sums[name] += update.num_patients * value.astype(np.float64)
+        _add(sums, update)
+        del update  # or it would live on while the next one is fetched
     if total <= 0:
         raise ValueError("expected at least one update with patients, got none")
     averaged = {
         name: (value + sums[name] / total).astype(np.float32) for name, value in weights.items()
     }
     return averaged, state
+
+
+def _add(sums: dict[str, NDArray[np.float64]], update: Update) -> None:
+    for name, value in update.arrays.items():
+        sums[name] += update.num_patients * value.astype(np.float64)

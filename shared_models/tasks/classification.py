@@ -17,6 +17,8 @@ from shared_models.tasks.base import Pixels, Scores, Task, grey
 def make(*, classes: Sequence[str]) -> Task:
     """Return the task of telling ``classes`` apart; labels are their names or numbers from 0.
 
+    Where a class is called like another's number, the name counts.
+
     Metrics: ``auc`` (MONAI; one against the rest, averaged, for more than two classes),
     ``accuracy``, and for two classes ``sensitivity`` and ``specificity`` of the second class at
     probability one half. ``auc`` is absent where only one class occurs.
@@ -24,9 +26,11 @@ def make(*, classes: Sequence[str]) -> Task:
     Raises:
         ValueError: if there are fewer than two classes, or two of one name.
     """
+    classes = [str(name) for name in classes]
     if len(classes) < 2 or len(set(classes)) != len(classes):
         raise ValueError(f"expected two or more different classes, got {len(classes)}")
-    numbers = {name: i for i, name in enumerate(classes)} | {str(i): i for i in range(len(classes))}
+    by_number = {str(i): i for i in range(len(classes))}
+    numbers = by_number | {name: i for i, name in enumerate(classes)}  # a name beats a number
 
     def encode_class(label: str) -> int:
         if label not in numbers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 
@@ -15,34 +16,46 @@ from shared_models.tasks.base import Pixels, Scores, Task, grey
 
 #: Okabe and Ito's colours, told apart by the colour-blind.
 COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167), (240, 228, 66))
+#: What a class is called in the name of its metric.
+SLUG = re.compile(r"[a-z0-9_]{1,40}")
 
 
-def make(*, classes: Sequence[str], dice_weight: float = 1.0) -> Task:
+def make(
+    *, classes: Sequence[str], dice_weight: float = 1.0, foreground_weight: float = 1.0
+) -> Task:
     """Return the task of outlining ``classes`` (without the background, which is 0).
 
-    The loss of an image is its mean cross-entropy plus ``dice_weight`` times its own soft Dice loss
-    over the classes. Metrics (MONAI): ``dice`` and ``hd95`` (95th percentile Hausdorff distance,
+    The loss of an image is its mean cross-entropy, in which a voxel of a class counts
+    ``foreground_weight`` times one of the background, plus ``dice_weight`` times its own soft Dice
+    loss over the classes. Metrics (MONAI): ``dice`` and ``hd95`` (95th percentile Hausdorff distance,
     mm), each averaged over classes and also per class (``dice_<class>``). An image without a class
     says nothing about that class.
 
     Raises:
-        ValueError: if there is no class, or two of one name.
+        ValueError: if there is no class, two of one name, or one that no metric can be named after.
     """
+    classes = [str(name) for name in classes]
     names = [_slug(name) for name in classes]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"expected one or more different classes, got {len(names)}")
+    if not all(SLUG.fullmatch(name) for name in names):
+        raise ValueError(
+            "expected class names of at most 40 letters from a to z, digits and spaces"
+        )
 
     def encode_map(label: NDArray[np.float32]) -> NDArray[np.int64]:
-        numbers = np.rint(label).astype(np.int64)
-        if numbers.min() < 0 or numbers.max() > len(names):
+        low, high = np.rint(label.min()), np.rint(label.max())
+        if not (low >= 0 and high <= len(names)):  # so that NaN is refused too
             raise ValueError(
                 f"expected label values from 0 to {len(names)}, one for each class of the plan"
             )
-        return numbers
+        return np.rint(label).astype(np.int64)
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-        entropy = cross_entropy(outputs, targets, reduction="none").flatten(1).mean(dim=1)
-        return entropy + dice_weight * _soft_dice_loss(outputs, targets)
+        importance = torch.full((outputs.shape[1],), foreground_weight, device=outputs.device)
+        importance[0] = 1.0
+        entropy = cross_entropy(outputs, targets, weight=importance, reduction="none")
+        return entropy.flatten(1).mean(dim=1) + dice_weight * _soft_dice_loss(outputs, targets)
 
     def metrics(scores: Scores) -> dict[str, float]:
         found: dict[str, float] = {}

@@ -75,18 +75,13 @@ def mark() -> str:
 
 
 @pytest.fixture(scope="session")
-def coordinator() -> Ed25519PrivateKey:
-    return Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
-
-
-@pytest.fixture(scope="session")
-def plan_of(coordinator: Ed25519PrivateKey) -> Callable[[Mapping[str, Any]], StudyPlan]:
+def plan_of(coordinator_key: Ed25519PrivateKey) -> Callable[[Mapping[str, Any]], StudyPlan]:
     """Return a plan with changes, each under its dotted name."""
 
     def make(changes: Mapping[str, Any] = {}) -> StudyPlan:
         expires = datetime.now(UTC).date() + timedelta(days=30)
         plan = StudyPlan.model_validate(
-            PLAN | {"coordinator": public_key(coordinator), "expires": expires}
+            PLAN | {"coordinator": public_key(coordinator_key), "expires": expires}
         )
         return StudyPlan.model_validate(_changed(plan.model_dump(), changes))
 
@@ -94,11 +89,11 @@ def plan_of(coordinator: Ed25519PrivateKey) -> Callable[[Mapping[str, Any]], Stu
 
 
 @pytest.fixture(scope="session")
-def site_text(coordinator: Ed25519PrivateKey) -> str:
+def site_text(coordinator_key: Ed25519PrivateKey) -> str:
     """Return the site.toml that is written for a hospital called north."""
     return setup.config_text(
         name="north",
-        coordinator=public_key(coordinator),
+        coordinator=public_key(coordinator_key),
         address="fl.example.org:9092",
         root_certificates="ca.pem",
         manifest="data/manifest.csv",
@@ -121,7 +116,7 @@ def site_of(site_text: str) -> Callable[[Mapping[str, Any]], SiteConfig]:
 
 @pytest.fixture
 def hospital(tmp_path: Path, site_text: str) -> Hospital:
-    """Make a hospital of 12 patients to train and 6 to test on, two pictures each, every one marked."""
+    """Make a hospital of 12 patients to train and 6 to test on, two marked pictures each."""
     folder, images = tmp_path / "north", tmp_path / "north" / "data"
     images.mkdir(parents=True)
     (folder / "keys").mkdir()

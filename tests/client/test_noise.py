@@ -19,7 +19,9 @@ NUM = 200_000
 #: A sound source fails a test below this share about once in a hundred million runs.
 CHANCE = 1e-8
 
-sources = pytest.mark.parametrize("source", [secure(), seeded(1, "north")], ids=["secure", "seeded"])
+sources = pytest.mark.parametrize(
+    "source", [secure(), seeded(1, "north")], ids=["secure", "seeded"]
+)
 
 
 @sources

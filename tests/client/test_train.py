@@ -111,8 +111,9 @@ def drawn() -> np.ndarray:
 def test_the_number_of_patients_drawn_is_binomial(drawn: np.ndarray) -> None:
     counts = np.bincount(drawn.sum(axis=1), minlength=13)
     expected = NUM_DRAWS * stats.binom(12, 0.3).pmf(np.arange(13))
-    counts, expected = np.append(counts[:8], counts[8:].sum()), np.append(
-        expected[:8], expected[8:].sum()
+    counts, expected = (
+        np.append(counts[:8], counts[8:].sum()),
+        np.append(expected[:8], expected[8:].sum()),
     )
     assert stats.chisquare(counts, expected * counts.sum() / expected.sum()).pvalue > 1e-3
 
@@ -167,9 +168,7 @@ def test_every_image_of_a_patient_has_the_same_chance() -> None:
 
 @pytest.mark.parametrize("maps", [False, True])
 def test_an_empty_draw_has_the_shapes_of_images(maps: bool) -> None:
-    batch = draw(
-        patients_of([2, 3], maps=maps), terms=TERMS, randomness=Randomness(nobody, nobody)
-    )
+    batch = draw(patients_of([2, 3], maps=maps), terms=TERMS, randomness=Randomness(nobody, nobody))
     assert batch.num_patients == 0
     assert batch.images.shape == (0, 1, 3, 4)
     assert batch.targets.shape == ((0, 3, 4) if maps else (0,))
@@ -272,7 +271,9 @@ def test_the_noisy_sum_is_divided_by_the_patients_expected_not_drawn(
     with opacus_engine(untouched, TASK.loss, max_grad_norm=1.0) as gradient_of:
         sums = gradient_of(batch).gradients
     source = seeded(4)
-    noisy = torch.cat([s.flatten() + 0.3 * torch.from_numpy(source.normal(s.numel())) for s in sums])
+    noisy = torch.cat(
+        [s.flatten() + 0.3 * torch.from_numpy(source.normal(s.numel())) for s in sums]
+    )
     assert weights(net).numpy() == pytest.approx(
         (before - 0.05 * noisy / (0.5 * 6)).numpy(), abs=1e-6
     )

@@ -1,0 +1,315 @@
+"""consilia-site as a person at a hospital meets it: words, exit codes, and JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from typer.testing import CliRunner
+
+from client import config, ledger, studies
+from client.cli import app
+from shared_models import plan as plans
+from shared_models.contracts import Countersignature
+from shared_models.errors import ConsiliaError, DocumentError, LedgerError
+from shared_models.plan import event_of
+from shared_models.privacy import epsilon
+from shared_models.signing import digest, is_signed_by, load_key, public_key, sign
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command as a process of its own, with nothing but words between."""
+    return subprocess.run(
+        [sys.executable, "-m", "client.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"COLUMNS": "200"},
+    )
+
+
+PlanFiles = Callable[..., Path]
+
+
+@pytest.fixture
+def plan_file(plan_of, coordinator_key: Ed25519PrivateKey, tmp_path: Path) -> PlanFiles:
+    """Return a function that writes a plan, signed by its coordinator unless told otherwise."""
+
+    def make(changes: dict[str, Any] | None = None, *, is_signed: bool = True) -> Path:
+        plan = plan_of(changes or {})
+        signature = sign(plan, key=coordinator_key) if is_signed else None
+        file = tmp_path / "plan.toml"
+        file.write_text(plans.render(plan, signature))
+        return file
+
+    return make
+
+
+# --- judge
+
+
+def test_judge_has_no_objection_to_a_plan_within_the_rules(hospital, plan_file: PlanFiles) -> None:
+    found = run("judge", plan_file(), "--config", hospital.config_file)
+    assert (found.exit_code, found.output) == (
+        0,
+        "no objection: this hospital may approve the plan\n",
+    )
+
+
+def test_judge_tells_every_objection_and_leaves_with_1(hospital, plan_file: PlanFiles) -> None:
+    plan = plan_file({"purpose": "quality-assurance", "sites": ["south"], "rounds.quorum": 1})
+    found = run("judge", plan, "--config", hospital.config_file)
+    assert found.exit_code == 1
+    assert found.output.splitlines() == [
+        "- sites: the plan does not name this site, north",
+        "- purpose: 'quality-assurance' is not allowed at this site; "
+        "allowed: demonstration, research",
+        "2 objections: not admitted",
+    ]
+
+
+def test_judge_counts_one_objection_as_one(hospital, plan_file: PlanFiles) -> None:
+    plan = plan_file({"sites": ["south"]})
+    found = run("judge", plan, "--config", hospital.config_file)
+    assert found.output.splitlines()[-1] == "1 objection: not admitted"
+
+
+@pytest.mark.parametrize("is_admitted", [True, False])
+def test_judge_tells_machines_the_same(is_admitted: bool, hospital, plan_file: PlanFiles) -> None:
+    plan = plan_file() if is_admitted else plan_file({"sites": ["south"]})
+    found = run("judge", plan, "--config", hospital.config_file, "--json")
+    assert found.exit_code == (0 if is_admitted else 1)
+    objections = [] if is_admitted else ["sites: the plan does not name this site, north"]
+    assert json.loads(found.output) == {"admitted": is_admitted, "objections": objections}
+
+
+def test_judge_changes_nothing(hospital, plan_file: PlanFiles) -> None:
+    run("judge", plan_file(), "--config", hospital.config_file)
+    assert not (hospital.folder / "state").exists()
+
+
+def test_judge_says_what_keeps_a_file_from_being_a_plan(hospital, plan_file: PlanFiles) -> None:
+    file = plan_file()
+    file.write_text(file.read_text().replace("num_rounds = 3", "num_round = 3"))
+    found = process("judge", file, "--config", hospital.config_file)
+    assert found.returncode in (1, DocumentError.exit_code)
+    assert "training.num_round: unknown key; known here: " in found.stdout + found.stderr
+    assert "training.num_rounds: field required" in found.stdout + found.stderr
+
+
+# --- approve
+
+
+def test_approve_keeps_the_plan_and_the_sites_signature(hospital, plan_file: PlanFiles) -> None:
+    file = plan_file()
+    found = run("approve", file, "--who", "Dr. Reed", "--config", hospital.config_file)
+    plan = plans.read(file).plan
+    assert found.exit_code == 0
+    assert found.output == f"approved study {digest(plan)[:12]} of 'tiny'\n"
+    site = config.read(hospital.config_file)
+    assert studies.approved(digest(plan), site, key=hospital.key) == plan
+
+
+def test_approve_gives_machines_the_countersignature(hospital, plan_file: PlanFiles) -> None:
+    file = plan_file()
+    found = run("approve", file, "--who", "Dr. Reed", "--config", hospital.config_file, "--json")
+    given = Countersignature.model_validate_json(found.output)
+    assert given.approval.study == digest(plans.read(file).plan)
+    assert given.approval.who == "Dr. Reed"
+    assert is_signed_by(given.approval, given.signature, key=public_key(hospital.key))
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_signed", "objection"),
+    [
+        ({}, False, "- signature: the plan is not signed by its coordinator"),
+        ({"sites": ["south"]}, True, "- sites: the plan does not name this site, north"),
+    ],
+    ids=["unsigned", "against a rule"],
+)
+def test_approve_refuses_what_the_rules_forbid(
+    changes: dict[str, Any], is_signed: bool, objection: str, hospital, plan_file: PlanFiles
+) -> None:
+    file = plan_file(changes, is_signed=is_signed)
+    found = run("approve", file, "--who", "Dr. Reed", "--config", hospital.config_file)
+    assert found.exit_code == 1
+    assert found.output.splitlines() == [objection, "1 objection: not admitted"]
+    assert not (hospital.folder / "state").exists()
+
+
+def test_nobody_overrides_the_rules(hospital, plan_file: PlanFiles) -> None:
+    for option in ("--force", "--yes", "--override"):
+        found = run("approve", plan_file(), "--who", "x", "--config", hospital.config_file, option)
+        assert found.exit_code == 2
+
+
+@pytest.mark.parametrize("who", ["", "x" * 121])
+def test_approve_asks_for_a_name(who: str, hospital, plan_file: PlanFiles) -> None:
+    found = run("approve", plan_file(), "--who", who, "--config", hospital.config_file)
+    assert found.exit_code == 2
+    assert not (hospital.folder / "state").exists()
+
+
+def test_approve_without_the_sites_key_approves_nothing(hospital, plan_file: PlanFiles) -> None:
+    (hospital.folder / "keys" / "signing.pem").unlink()
+    found = run("approve", plan_file(), "--who", "Dr. Reed", "--config", hospital.config_file)
+    assert isinstance(found.exception, DocumentError)
+    assert not (hospital.folder / "state").exists()
+
+
+# --- budget
+
+
+@pytest.fixture
+def charged(hospital, plan_of) -> dict[str, float]:
+    """Charge two studies and return what each cost, and both together, at the site's delta."""
+    site = config.read(hospital.config_file)
+    plenty = ledger.Budget(per_study=100.0, lifetime=100.0, delta=0.01)
+    small, large = (event_of(plan_of(), steps=steps) for steps in (2, 3))
+    events = {"5a" * 32: [small, small], "c3" * 32: [large]}
+    for study, charges in events.items():
+        for round_, event in enumerate(charges):
+            ledger.reserve(site.state_dir, study=study, round_=round_, event=event, budget=plenty)
+    delta = site.policy.max_delta
+    costs = {study: epsilon(charges, delta=delta) for study, charges in events.items()}
+    return costs | {"all": epsilon([small, small, large], delta=delta)}
+
+
+def test_budget_shows_what_each_study_and_all_together_cost(
+    hospital, charged: dict[str, float]
+) -> None:
+    found = run("budget", "--config", hospital.config_file)
+    assert found.exit_code == 0
+    assert found.output.splitlines() == [
+        f"study {'5a' * 6}  epsilon {charged['5a' * 32]:.4f} of 4",
+        f"study {'c3' * 6}  epsilon {charged['c3' * 32]:.4f} of 4",
+        f"all studies         epsilon {charged['all']:.4f} of 8",
+        "per patient, at delta 0.05; dp_accounting PLD, Poisson, add or remove one patient",
+    ]
+
+
+def test_budget_tells_machines_the_same(hospital, charged: dict[str, float]) -> None:
+    found = run("budget", "--config", hospital.config_file, "--json")
+    assert json.loads(found.output) == {
+        "delta": 0.05,
+        "unit": "patient",
+        "lifetime": charged.pop("all"),
+        "studies": charged,
+    }
+
+
+def test_budget_of_a_new_site_is_untouched(hospital) -> None:
+    found = run("budget", "--config", hospital.config_file)
+    assert found.output.splitlines()[0] == "all studies         epsilon 0.0000 of 8"
+    assert not (hospital.folder / "state").exists()
+
+
+@pytest.mark.usefixtures("charged")
+def test_budget_of_a_broken_ledger_has_its_own_exit_code(hospital) -> None:
+    with (hospital.folder / "state" / ledger.FILE).open("a") as handle:
+        handle.write('{"study"')
+    found = process("budget", "--config", hospital.config_file)
+    assert found.returncode == LedgerError.exit_code
+    assert found.stderr == "the ledger's last line was cut short; have it checked by hand\n"
+    assert found.stdout == ""
+
+
+# --- init
+
+
+def init_arguments(folder: Path, **changed: str) -> list[object]:
+    options = {
+        "name": "north",
+        "coordinator": "ab" * 32,
+        "address": "fl.example.org:9092",
+        "root-certificates": "ca.pem",
+        "manifest": "manifest.csv",
+        "root": ".",
+    } | {name.replace("_", "-"): value for name, value in changed.items()}
+    return ["init", folder, *(part for k, v in options.items() for part in (f"--{k}", v))]
+
+
+def test_init_makes_a_site_and_prints_its_public_keys(tmp_path: Path) -> None:
+    found = run(*init_arguments(tmp_path / "site", max_epsilon="2"), "--json")
+    assert found.exit_code == 0
+    site = config.read(tmp_path / "site" / "site.toml")
+    assert json.loads(found.output)["signing"] == public_key(load_key(site.signing_key))
+    assert json.loads(found.output)["node"].startswith("ecdsa-sha2-nistp384 ")
+    assert site.policy.max_epsilon_per_study == 2
+    assert not site.policy.allow_without_privacy
+
+
+def test_init_tells_people_what_to_send(tmp_path: Path) -> None:
+    found = run(*init_arguments(tmp_path / "site"))
+    first, signing, node = found.output.splitlines()
+    assert first.endswith("send these public keys to the coordinator:")
+    assert len(signing.removeprefix("signing ")) == 64
+    assert node.startswith("node    ecdsa-sha2-nistp384 ")
+    assert "PRIVATE" not in found.output
+
+
+def test_init_overwrites_nothing(tmp_path: Path) -> None:
+    run(*init_arguments(tmp_path / "site"))
+    before = {f: f.read_bytes() for f in (tmp_path / "site").rglob("*") if f.is_file()}
+    again = run(*init_arguments(tmp_path / "site"))
+    assert isinstance(again.exception, ConsiliaError)
+    assert str(again.exception).endswith("choose another folder")
+    assert {f: f.read_bytes() for f in before} == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "exit_code", "words"),
+    [
+        ({"name": "north clinic"}, DocumentError.exit_code, "name: string should match"),
+        ({"coordinator": "abc"}, DocumentError.exit_code, "coordinator: string should match"),
+        ({"manifest": "a\nb"}, 2, "printable"),
+        ({"max_epsilon": "0"}, DocumentError.exit_code, "policy.max_epsilon_per_study: input"),
+    ],
+)
+def test_init_says_what_is_wrong_and_makes_nothing(
+    changed: dict[str, str], exit_code: int, words: str, tmp_path: Path
+) -> None:
+    found = process(*init_arguments(tmp_path / "site", **changed))
+    assert found.returncode == exit_code
+    assert words in found.stderr
+    assert "Traceback" not in found.stderr
+    assert not (tmp_path / "site").exists()
+
+
+# --- every command
+
+
+@pytest.mark.parametrize("command", ["judge", "approve", "budget", "start"])
+def test_a_missing_site_toml_is_told_in_one_line(
+    command: str, plan_file: PlanFiles, tmp_path: Path
+) -> None:
+    arguments = {"judge": [plan_file()], "approve": [plan_file(), "--who", "x"]}.get(command, [])
+    found = process(command, *arguments, "--config", tmp_path / "none.toml")
+    assert found.returncode == DocumentError.exit_code
+    assert found.stderr == f"there is no file {tmp_path / 'none.toml'}\n"
+
+
+def test_help_needs_no_torch_and_no_flower() -> None:
+    program = (
+        "import sys\n"
+        "from client.cli import app\n"
+        "from typer.testing import CliRunner\n"
+        "found = CliRunner().invoke(app, ['--help'])\n"
+        "assert found.exit_code == 0, found.output\n"
+        "assert 'Exit codes' in found.output\n"
+        "for heavy in ('torch', 'flwr', 'monai', 'opacus', 'numpy'):\n"
+        "    assert heavy not in sys.modules, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
