@@ -33,6 +33,12 @@ from shared_models.errors import LedgerError
 PLD_INTERVAL = 1e-3
 #: Epsilon is rounded up to this many decimals.
 DECIMALS = 4
+#: What is not accounted but called infinite, so that a hostile plan cannot keep the accountant
+#: busy for hours: more steps than this, or a plain bound on epsilon (RDP of order 2) beyond this.
+MOST_STEPS = 1_000_000
+MOST_EPSILON = 5_000.0
+#: Larger noise multipliers overflow in the accountant and are accounted as this one.
+MOST_NOISE = 1e6
 
 COVERS = "every model update this site sent, and training alone where the plan compares with it"
 DOES_NOT_COVER = (
@@ -44,11 +50,13 @@ DOES_NOT_COVER = (
 def epsilon(events: Sequence[PrivacyEvent], *, delta: float) -> float:
     """Return the epsilon of all ``events`` together at ``delta``, rounded up; 0 for none.
 
-    Infinite where the accountant cannot bound it.
+    Infinite where the accountant cannot bound it, and where it would protect nobody
+    (``MOST_STEPS``, ``MOST_EPSILON``).
     """
     if not 0 < delta < 1:
         raise ValueError(f"expected delta in (0, 1), got {delta}")
-    return _pld(_merged(events), delta)
+    merged = _merged(events)
+    return math.inf if _is_beyond(merged) else _pld(merged, delta)
 
 
 def epsilon_rdp(events: Sequence[PrivacyEvent], *, delta: float) -> float:
@@ -154,9 +162,23 @@ def _merged(events: Sequence[PrivacyEvent]) -> tuple[tuple[float, float, int], .
     for event in events:
         if event.sampler != "poisson" or event.relation != "add-or-remove-one":
             raise ValueError("only Poisson sampling under add-or-remove-one can be accounted")
-        like = (event.sample_rate, event.noise_multiplier)
+        like = (event.sample_rate, min(event.noise_multiplier, MOST_NOISE))
         steps[like] = steps.get(like, 0) + event.steps
     return tuple(sorted((rate, noise, count) for (rate, noise), count in steps.items()))
+
+
+def _is_beyond(merged: tuple[tuple[float, float, int], ...]) -> bool:
+    """Tell whether there is no point in accounting; see ``MOST_EPSILON``.
+
+    Order 2 of Mironov et al. 2019, Renyi differential privacy of the sampled Gaussian mechanism,
+    https://arxiv.org/abs/1908.10530, section 3.3: log(1 + q^2 (exp(1 / sigma^2) - 1)) a step.
+    """
+    bound = 0.0
+    for rate, noise, steps in merged:
+        exponent = min(noise**-2, 1e6)
+        overlap = 2 * math.log(rate) + exponent  # of q^2 exp(1 / sigma^2), as a logarithm
+        bound += steps * (overlap if overlap > 50 else math.log1p(rate**2 * math.expm1(exponent)))
+    return bound > MOST_EPSILON or sum(steps for _, _, steps in merged) > MOST_STEPS
 
 
 @lru_cache(maxsize=256)
