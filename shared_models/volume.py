@@ -68,7 +68,9 @@ def _read_picture(path: Path) -> Volume:
     from PIL import Image
 
     with Image.open(path) as picture:
-        mode = "I" if picture.mode.startswith("I") else "L"
+        if getattr(picture, "n_frames", 1) > 1:
+            raise DataError("expected one picture, got several pages; store each in its own file")
+        mode = picture.mode[0] if picture.mode[0] in "IF" else "L"
         data = np.asarray(picture.convert(mode), dtype=np.float32)[None]
     return Volume(data, np.eye(4))
 

@@ -39,12 +39,20 @@ class Letter(NamedTuple):
     @property
     def size_bytes(self) -> int:
         """Bytes of payload, without the carrier's own framing."""
-        return len(self.document) + sum(map(len, self.buckets))
+        return len(self.document.encode()) + sum(map(len, self.buckets))
 
 
 def seal(value: Contract, *, key: Ed25519PrivateKey, vector: Array | None = None) -> Letter:
-    """Sign ``value`` and put it in a letter, with ``vector`` (float32, 1-D) if there is one."""
-    kind = next(kind for kind, contract in KINDS.items() if type(value) is contract)
+    """Sign ``value`` and put it in a letter, with ``vector`` (float32, 1-D) if there is one.
+
+    Raises:
+        ValueError: if ``value`` is neither an order nor a reply nor a refusal.
+    """
+    kind = next((kind for kind, contract in KINDS.items() if type(value) is contract), None)
+    if kind is None:
+        raise ValueError(
+            f"expected an order, a reply or a refusal, got a contract {type(value).__name__}"
+        )
     signature = sign(value, key=key)
     buckets = () if vector is None else to_buckets(vector)
     return Letter(kind, canonical(value).decode(), signature.key, signature.value, buckets)

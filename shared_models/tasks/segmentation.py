@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -15,7 +16,13 @@ from torch.nn.functional import cross_entropy, one_hot
 from shared_models.tasks.base import Pixels, Scores, Task, grey
 
 #: Okabe and Ito's colours, told apart by the colour-blind.
-COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167), (240, 228, 66))
+COLOURS = {
+    "orange": (230, 159, 0),
+    "blue": (86, 180, 233),
+    "green": (0, 158, 115),
+    "pink": (204, 121, 167),
+    "yellow": (240, 228, 66),
+}
 #: What a class is called in the name of its metric.
 SLUG = re.compile(r"[a-z0-9_]{1,40}")
 
@@ -27,8 +34,8 @@ def make(
 
     The loss of an image is its mean cross-entropy, in which a voxel of a class counts
     ``foreground_weight`` times one of the background, plus ``dice_weight`` times its own soft Dice
-    loss over the classes. Metrics (MONAI): ``dice`` and ``hd95`` (95th percentile Hausdorff distance,
-    mm), each averaged over classes and also per class (``dice_<class>``). An image without a class
+    loss over the classes. Metrics (MONAI): ``dice`` and ``hd95`` (95th percentile Hausdorff
+    distance, mm), each averaged over classes and also per class (``dice_<class>``). An image without a class
     says nothing about that class.
 
     Raises:
@@ -78,9 +85,8 @@ def make(
             image, target, guess = image[:, middle], target[middle], guess[middle]
         pixels = grey(image[0])
         left, right = _outlined(pixels, target), _outlined(pixels, guess)
-        return np.concatenate(
-            [left, right], axis=1
-        ), f"truth left, prediction right: {', '.join(classes)}"
+        key = ", ".join(f"{c} {n}" for c, n in zip(cycle(COLOURS), classes, strict=False))
+        return np.concatenate([left, right], axis=1), f"truth left, prediction right; {key}"
 
     return Task(
         name="segmentation",
@@ -138,6 +144,6 @@ def _outlined(pixels: Pixels, label: Tensor) -> Pixels:
     """Tint each class over a copy of ``pixels`` (y, x, 3)."""
     numbers, tinted = label.cpu().numpy(), pixels.astype(np.float32)
     for number in range(1, int(numbers.max()) + 1):
-        colour = np.array(COLOURS[(number - 1) % len(COLOURS)], dtype=np.float32)
+        colour = np.array(list(COLOURS.values())[(number - 1) % len(COLOURS)], dtype=np.float32)
         tinted[numbers == number] = 0.45 * tinted[numbers == number] + 0.55 * colour
     return tinted.round().astype(np.uint8)

@@ -189,6 +189,23 @@ def test_the_same_order_gives_the_same_update_without_privacy(house_of: Houses) 
     assert house.charged() == []
 
 
+def test_an_update_is_what_training_added_to_the_weights_sent(house_of: Houses) -> None:
+    house = house_of({"privacy": None}, {"allow_without_privacy": True})
+    _, update = house.hear(house.letter(round_=1))
+    study, plan = house.site.studies[digest(house.plan)], house.plan
+    net = nets.make(plan.net.name, plan.net.params, seed=1, num_outputs=2)
+    train.train(
+        net,
+        study.cohort["train"],
+        plan=plan,
+        task=study.task,
+        round_=1,
+        randomness=train.randomness_of(plan, site="north", round_=1, purpose="train"),
+        performance=train.Performance(),
+    )
+    assert np.array_equal(update, flatten(weights_of(net)) - house.weights)
+
+
 def test_the_same_order_gives_another_update_with_privacy(house: House) -> None:
     updates = [house.hear(house.letter())[1] for _ in range(2)]
     assert not np.array_equal(*updates)

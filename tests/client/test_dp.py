@@ -76,12 +76,12 @@ def flat(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def patient_by_patient(net: nn.Module, loss: dp.Loss, batch: Batch, *, norm: float) -> Tensor:
-    """Clip and add up in the plainest way, in float64: one patient, one call of autograd."""
-    net = copy.deepcopy(net).double()
+    """Clip and add up in the plainest way: one patient, one call of autograd, one clipping."""
+    net = copy.deepcopy(net)
     total = torch.zeros(sum(p.numel() for p in trainable(net))).double()
     for patient in range(batch.num_patients):
         ours = batch.owner == patient
-        mean = loss(net(batch.images[ours].double()), batch.targets[ours]).mean()
+        mean = loss(net(batch.images[ours]), batch.targets[ours]).mean()
         gradient = flat(torch.autograd.grad(mean, trainable(net)))
         total += gradient * min(1.0, norm / float(gradient.norm()))
     return total
@@ -133,6 +133,19 @@ def test_without_privacy_the_sum_is_the_same_but_for_the_clipping() -> None:
     with plain_engine(net, entropy, most_images=4) as gradient_of:
         found = flat(gradient_of(batch).gradients)
     assert relative(found, patient_by_patient(net, entropy, batch, norm=1e9)) < 1e-5
+
+
+@pytest.mark.parametrize("engine", [opacus_engine, plain_engine])
+def test_whole_patients_of_most_images_at_a_time_pass_through_the_net(engine: dp.Engine) -> None:
+    sizes: list[int] = []
+
+    def counted(outputs: Tensor, targets: Tensor) -> Tensor:
+        sizes.append(len(outputs))
+        return entropy(outputs, targets)
+
+    with engine(small_net(), counted, max_grad_norm=1.0, most_images=4) as gradient_of:
+        gradient_of(batch_of([2, 1, 1, 2, 7, 3, 1]))
+    assert sizes == [4, 2, 7, 4]  # a patient of more than that is alone
 
 
 @pytest.mark.parametrize("engine", [opacus_engine, plain_engine])
@@ -392,13 +405,12 @@ def test_without_a_norm_there_is_nothing_to_clip_to() -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_net_is_left_as_it_was(fails: bool) -> None:
-    net = small_net().train()
+    net = OutsideTheLayer() if fails else small_net()
+    net.train()
     before, names = copy.deepcopy(net.state_dict()), set(vars(net))
-    batch = batch_of([2, 1])
-    wrong = batch._replace(targets=batch.targets + 9)
     try:
-        clipped(net, entropy, wrong if fails else batch, norm=1.0)
-    except IndexError:
+        clipped(net, entropy, batch_of([2, 1]), norm=1.0)
+    except ValueError:
         assert fails
     for module in net.modules():
         assert not module._forward_hooks

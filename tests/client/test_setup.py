@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from client import config, setup
@@ -98,6 +98,7 @@ def test_a_value_that_does_not_belong_is_refused_before_anything_is_made(
     assert not (tmp_path / "site").exists()
 
 
+@example('a "quoted" \\ $name ${root}')
 @given(st.text(st.characters(exclude_categories=("Cs",)), max_size=40))
 def test_any_printable_text_comes_back_from_toml_as_it_was(text: str) -> None:
     if not text.isprintable():

@@ -341,6 +341,15 @@ def test_performance_changes_nothing_but_the_last_digits(private: bool, plan_of)
     assert one.numpy() == pytest.approx(many.numpy(), abs=1e-5)
 
 
+def test_the_loss_is_the_mean_over_the_steps_that_drew_anybody(plan_of) -> None:
+    plan = plan_of({"privacy": None, "training.learning_rate": 1e-9})
+    numbers = iter([np.ones(6), np.zeros(6), *[np.zeros(2)] * 6])
+    once = one_round(net_of(plan), plan, Randomness(lambda n: next(numbers), nobody))
+    twice = one_round(net_of(plan), plan, Randomness(everybody, nobody))
+    assert once.loss == pytest.approx(twice.loss, rel=1e-4)
+    assert next(numbers, None) is None
+
+
 def test_private_training_draws_its_noise_from_the_randomness_given(plan_of) -> None:
     assert torch.equal(*[trained(plan_of(), seeded(3)) for _ in range(2)])
     assert not torch.equal(*[trained(plan_of(), secure()) for _ in range(2)])

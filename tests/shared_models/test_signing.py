@@ -215,9 +215,7 @@ def pem(key: Any, *, password: bytes | None = None) -> bytes:
     if password is not None:
         encryption = serialization.BestAvailableEncryption(password)
     return bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption
-        )
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
     )
 
 
