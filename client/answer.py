@@ -192,7 +192,12 @@ def _prepared(plan: StudyPlan, site: Site) -> Study:
     task = find("tasks", plan.task.name, builtin=tasks.BUILTIN, plugins=plugins)(**plan.task.params)
     data = site.config.data
     patients = cohort.load(
-        data.manifest, root=data.root, plan=plan, task=task, splits=("train", "test")
+        data.manifest,
+        root=data.root,
+        plan=plan,
+        task=task,
+        splits=("train", "test"),
+        plugins=plugins,
     )
     num_patients = len(patients["train"])
     if num_patients < max(plan.min_patients, site.config.policy.min_patients):

@@ -51,9 +51,9 @@ def init(
             name=name,
             coordinator=coordinator,
             address=address,
-            root_certificates=root_certificates,
-            manifest=manifest,
-            root=root,
+            root_certificates=root_certificates.resolve(),
+            manifest=manifest.resolve(),
+            root=root.resolve(),
             max_epsilon=max_epsilon,
             allow_without_privacy=allow_without_privacy,
         )
@@ -144,6 +144,7 @@ def start(config: ConfigFile = Path("site.toml")) -> None:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # the second accountant's search is noisy
     site = configs.read(config)
     answer_letter = answer.open_site(config)
     answer.warm_up(site)

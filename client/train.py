@@ -54,8 +54,16 @@ def train(
     randomness: Randomness,
     performance: Performance,
 ) -> Trained:
-    """Train ``net`` in place for one round of ``plan``, with an optimizer made anew."""
+    """Train ``net`` in place for one round of ``plan``, with an optimizer made anew.
+
+    Guarantees:
+        Under privacy terms a buffer that training changed stops the round: nothing noised it.
+
+    Raises:
+        ValueError: if a buffer changed under privacy terms, or the engine refuses the net.
+    """
     net.to(performance.device).train()
+    buffers = {name: value.clone() for name, value in net.named_buffers()}
     optimizer = _optimizer(net, plan.training, learning_rate(plan.training, round_))
     anchor = [p.detach().clone() for p in trainable(net)]
     losses, num_non_finite = [], 0
@@ -68,6 +76,11 @@ def train(
             num_non_finite += sums.num_non_finite
             if batch.num_patients:
                 losses.append(sums.loss)
+    changed = [n for n, b in net.named_buffers() if n not in buffers or not b.equal(buffers[n])]
+    if plan.privacy is not None and changed:
+        raise ValueError(
+            f"expected buffers that training leaves alone, not {', '.join(changed[:5])}"
+        )
     return Trained(float(np.mean(losses)) if losses else 0.0, num_non_finite)
 
 

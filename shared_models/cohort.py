@@ -13,7 +13,7 @@ Guarantees:
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,6 +66,7 @@ def load(
     plan: StudyPlan,
     task: Task,
     splits: Sequence[str] = SPLITS,
+    plugins: Collection[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Cohort:
     """Read the images of ``manifest`` that belong to ``splits``, prepared as the plan says.
@@ -76,6 +77,7 @@ def load(
         plan: its imaging steps, net dimensions and seed are used.
         task: how labels are understood.
         splits: images of other splits are not opened.
+        plugins: distributions whose imaging steps may be used, as ``name==version``.
         progress: called with images done and images in all.
 
     Raises:
@@ -84,7 +86,7 @@ def load(
     rows = [
         row for row in read_rows(manifest, root=root, key=plan_key(plan)) if row.split in splits
     ]
-    prepare = pipeline([(step.name, dict(step.params)) for step in plan.imaging])
+    prepare = pipeline([(s.name, dict(s.params)) for s in plan.imaging], plugins=plugins)
     spatial_dims = int(str(plan.net.params.get("spatial_dims", 2)))
     grouped: dict[tuple[str, str], list[tuple[Tensor, Tensor, tuple[float, ...]]]] = {}
     objections: list[str] = []

@@ -177,7 +177,7 @@ REFUSALS: dict[str, str] = {
     "bad-order": "the order could not be read, or its weights do not match what it announces",
     "bad-signature": "the order is not signed by the coordinator this site knows",
     "not-approved": "this site has not approved this plan",
-    "out-of-order": "the order repeats or precedes a round this site has already answered",
+    "out-of-order": "the order precedes a round this site has answered, or follows the plan's last",
     "expired": "the order or the plan has expired",
     "policy": "the plan breaks a rule of this site",
     "budget": "the round would exceed the privacy budget",

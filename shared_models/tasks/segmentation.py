@@ -59,7 +59,7 @@ def make(
         return np.rint(label).astype(np.int64)
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-        importance = torch.full((outputs.shape[1],), foreground_weight, device=outputs.device)
+        importance = outputs.new_full((outputs.shape[1],), foreground_weight)
         importance[0] = 1.0
         entropy = cross_entropy(outputs, targets, weight=importance, reduction="none")
         return entropy.flatten(1).mean(dim=1) + dice_weight * _soft_dice_loss(outputs, targets)

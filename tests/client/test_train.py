@@ -392,3 +392,23 @@ def test_the_rounds_learning_rate_is_the_one_stepped_with(plan_of) -> None:
         one_round(net, plan, Randomness(nobody, seeded(4).normal), round_=round_)
         moved.append(float((weights(net) - before).norm()))
     assert moved[1] / moved[0] == pytest.approx(0.1, rel=1e-3)
+
+
+class Counter(nn.Module):
+    """A layer without parameters that keeps a number of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen = self.seen + images.detach().mean()
+        return images
+
+
+def test_under_privacy_terms_a_buffer_that_training_changed_stops_the_round(
+    plan_of,
+) -> None:
+    net = nn.Sequential(Counter(), nn.Flatten(), nn.Linear(256, 2))
+    with pytest.raises(ValueError, match=r"0\.seen"):
+        one_round(net, plan_of(), secure())
