@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from server import link, recipes, report, store
+from server.consortium import TlsFiles, certificates
 from server.hospitals import DataSet, adopt, join, write_manifests
 from shared_models import phantoms
 from shared_models import plan as plans
@@ -65,7 +66,7 @@ class Office(NamedTuple):
 
     folder: Path
     plan: StudyPlan
-    tls: link.TlsFiles
+    tls: TlsFiles
     port: int
     site_dirs: Mapping[str, Path]
     identities: Mapping[str, Mapping[str, str]]
@@ -142,7 +143,7 @@ def _prepared(options: Options, data: DataSet | None, progress: Progress) -> Off
     folder.mkdir(parents=True)
     progress.stage("making certificates and keys")
     key = create_key(folder / "signing.pem")
-    tls = link.certificates(folder / "tls", hosts=["127.0.0.1", "localhost"])
+    tls = certificates(folder / "tls", hosts=["127.0.0.1", "localhost"])
     port = link.free_port()
     site_dirs = {site: out / "sites" / site for site in data.sites}
     write_manifests(data, site_dirs=site_dirs, validation=folder / "validation.csv")
@@ -185,7 +186,7 @@ def _init_sites(
     options: Options,
     data: DataSet,
     site_dirs: Mapping[str, Path],
-    tls: link.TlsFiles,
+    tls: TlsFiles,
     port: int,
     coordinator: str,
 ) -> dict[str, dict[str, str]]:
@@ -193,7 +194,12 @@ def _init_sites(
     started = {}
     for site, folder in site_dirs.items():
         arguments = ["init", str(folder), "--name", site, "--coordinator", coordinator]
-        arguments += ["--address", f"127.0.0.1:{port}", "--root-certificates", str(_authority(tls))]
+        arguments += [
+            "--address",
+            f"127.0.0.1:{port}",
+            "--root-certificates",
+            str(tls.authority.resolve()),
+        ]
         arguments += [
             "--manifest",
             str((folder / "manifest.csv").resolve()),
@@ -204,10 +210,6 @@ def _init_sites(
         arguments += ["--allow-without-privacy"] if options.epsilon is None else []
         started[site] = _site(arguments)
     return {site: json.loads(_finished(process, site)) for site, process in started.items()}
-
-
-def _authority(tls: link.TlsFiles) -> Path:
-    return tls.authority.resolve()
 
 
 def _settings(

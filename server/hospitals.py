@@ -182,7 +182,7 @@ def _objections(rows: Sequence[Mapping[str, str]], root: Path, *, task: str) -> 
     sites = {row["site"] for row in rows}
     if len(sites) < 2:
         yield f"expected two or more sites, got {len(sites)}"
-    for site in sorted(sites):
+    for site in sorted(filter(SITE_NAME.match, sites)):
         for split in ("train", "test"):
             if not any(r["site"] == site and r["split"] == split for r in rows):
                 yield f"site {site}: no patients in split {split}"

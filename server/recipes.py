@@ -1,7 +1,7 @@
 """Plans for demonstrations: TOML files in ``server/plans``, one for each task and kind of image.
 
 A recipe is an unfinished plan. Sites, classes, seed, dates and the noise that meets the epsilon
-asked for are filled in here; under privacy, each ``[private.*]`` table replaces the one of its name.
+asked for are filled in here; under privacy, ``[private.*]`` tables replace those of their names.
 """
 
 from __future__ import annotations

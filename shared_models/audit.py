@@ -201,7 +201,10 @@ def _model_findings(
     last = trained[-1].weights_digest if trained else ""
     yield "the reported model is the last round's", report.model_digest == last
     manifest = _parsed(run_dir / "model" / "manifest.json", ReleaseManifest.model_validate_json)
-    yield "the manifest is of this study", manifest.study == report.study
+    is_of_model = manifest.weights_digest == report.model_digest
+    yield "the manifest is of this study", manifest.study == report.study and is_of_model
+    stated = {site.name: site.privacy for site in report.sites if site.privacy is not None}
+    yield "the manifest states the report's privacy", manifest.privacy == stated
     try:
         released = weights_digest(flatten(load(run_dir / "model" / manifest.weights_file)))
     except (OSError, ValueError):

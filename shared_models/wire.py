@@ -39,7 +39,7 @@ class Letter(NamedTuple):
     @property
     def size_bytes(self) -> int:
         """Bytes of payload, without the carrier's own framing."""
-        return len(self.document.encode()) + sum(map(len, self.buckets))
+        return len(self.document.encode(errors="surrogatepass")) + sum(map(len, self.buckets))
 
 
 def seal(value: Contract, *, key: Ed25519PrivateKey, vector: Array | None = None) -> Letter:

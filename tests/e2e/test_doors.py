@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from client.agent import FleetLink, create_node_key, run
-from server.link import SuperLink, TlsFiles, certificates, free_port, superlink, thin_app
+from server.consortium import TlsFiles, certificates
+from server.link import SuperLink, free_port, superlink, thin_app
 from shared_models.wire import Letter
 
 SITES = ("north", "south")

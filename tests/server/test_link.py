@@ -41,19 +41,20 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from server import app, link
+from server.consortium import TlsFiles, certificates
 from shared_models.errors import DocumentError, MachineError
 
 
 @pytest.fixture
-def tls(tmp_path: Path) -> link.TlsFiles:
-    return link.certificates(tmp_path / "tls", hosts=["127.0.0.1", "coordinator.example.org"])
+def tls(tmp_path: Path) -> TlsFiles:
+    return certificates(tmp_path / "tls", hosts=["127.0.0.1", "coordinator.example.org"])
 
 
 def certificate_in(file: Path) -> x509.Certificate:
     return x509.load_pem_x509_certificate(file.read_bytes())
 
 
-def test_the_certificate_names_its_hosts_and_its_authority(tls: link.TlsFiles) -> None:
+def test_the_certificate_names_its_hosts_and_its_authority(tls: TlsFiles) -> None:
     authority, certificate = certificate_in(tls.authority), certificate_in(tls.certificate)
     certificate.verify_directly_issued_by(authority)
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -65,20 +66,20 @@ def test_the_certificate_names_its_hosts_and_its_authority(tls: link.TlsFiles) -
     assert [life // timedelta(days=1) for life in lives] == [397, 3653]
 
 
-def test_a_private_key_is_readable_by_its_owner_alone(tls: link.TlsFiles) -> None:
+def test_a_private_key_is_readable_by_its_owner_alone(tls: TlsFiles) -> None:
     keys = [tls.key, tls.key.with_name("ca.key")]
     assert [stat.S_IMODE(key.stat().st_mode) for key in keys] == [0o600, 0o600]
 
 
-def test_a_certificate_is_renewed_by_the_same_authority(tmp_path: Path, tls: link.TlsFiles) -> None:
+def test_a_certificate_is_renewed_by_the_same_authority(tmp_path: Path, tls: TlsFiles) -> None:
     before = tls.authority.read_bytes(), tls.certificate.read_bytes()
-    renewed = link.certificates(tmp_path / "tls", hosts=["127.0.0.1"])
+    renewed = certificates(tmp_path / "tls", hosts=["127.0.0.1"])
     assert renewed == tls
     assert renewed.authority.read_bytes() == before[0]
     assert renewed.certificate.read_bytes() != before[1]
 
 
-def test_a_strict_client_accepts_the_certificate(tls: link.TlsFiles) -> None:
+def test_a_strict_client_accepts_the_certificate(tls: TlsFiles) -> None:
     server, client = (
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER),
         ssl.create_default_context(cafile=tls.authority),
@@ -107,7 +108,7 @@ def test_the_bundle_holds_no_code(tmp_path: Path) -> None:
     assert sorted(names) == [".info/CONTENT", "LICENSE", "pyproject.toml"]
 
 
-def test_a_taken_port_is_told_with_its_cure(tmp_path: Path, tls: link.TlsFiles) -> None:
+def test_a_taken_port_is_told_with_its_cure(tmp_path: Path, tls: TlsFiles) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -119,7 +120,7 @@ def test_a_taken_port_is_told_with_its_cure(tmp_path: Path, tls: link.TlsFiles) 
             pytest.fail("it started")
 
 
-def test_a_superlink_that_does_not_start_says_why(tmp_path: Path, tls: link.TlsFiles) -> None:
+def test_a_superlink_that_does_not_start_says_why(tmp_path: Path, tls: TlsFiles) -> None:
     broken = tls._replace(key=tls.authority)
     with (
         pytest.raises(MachineError, match=r"did not start: .*SSL"),

@@ -39,7 +39,7 @@ def test_a_builtin_is_found_by_its_name() -> None:
 
 
 def test_an_unknown_name_is_told_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match="^no nets called 'medain'; known: join$"):
+    with pytest.raises(ValueError, match=r"^no nets called 'medain'; known: join$"):
         find("nets", "medain", builtin=OURS)
 
 
@@ -54,7 +54,7 @@ def test_a_plugin_is_found_if_its_distribution_is_listed(plugin: str) -> None:
 def test_a_plugin_nobody_listed_in_this_version_does_not_exist(
     plugin: str, listed: list[str]
 ) -> None:
-    with pytest.raises(ValueError, match="known: join$"):
+    with pytest.raises(ValueError, match=r"known: join$"):
         find("nets", "wide", builtin=OURS, plugins=listed)
     assert "someone_elses_nets" not in sys.modules
 
@@ -64,7 +64,7 @@ def test_a_plugin_cannot_take_the_name_of_ours(plugin: str) -> None:
 
 
 def test_a_plugin_of_another_kind_is_not_found(plugin: str) -> None:
-    with pytest.raises(ValueError, match="no tasks called 'wide'; known: $"):
+    with pytest.raises(ValueError, match=r"no tasks called 'wide'; known: $"):
         find("tasks", "wide", builtin={}, plugins=[plugin])
 
 
@@ -104,7 +104,8 @@ def test_every_name_of_ours_leads_somewhere(kind: str, builtin: dict[str, str]) 
 
 def test_names_are_checked_without_torch() -> None:
     code = (
-        "import sys; from shared_models import nets, tasks; from shared_models.registry import known;"
+        "import sys; from shared_models import nets, tasks;"
+        "from shared_models.registry import known;"
         "known('nets', builtin=nets.BUILTIN); known('tasks', builtin=tasks.BUILTIN);"
         "sys.exit('torch' in sys.modules)"
     )

@@ -63,7 +63,10 @@ def test_two_studies_do_not_share_their_test_patients(common: str) -> None:
 
 
 def test_another_process_finds_the_same_splits() -> None:
-    code = "from shared_models.splits import split_of as s; print([s(str(i), key='k') for i in range(99)])"
+    code = (
+        "from shared_models.splits import split_of;"
+        "print([split_of(str(i), key='k') for i in range(99)])"
+    )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == str([split_of(str(i), key="k") for i in range(99)])
 

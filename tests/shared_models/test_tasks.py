@@ -42,7 +42,7 @@ def test_a_label_is_a_name_or_a_number_from_zero() -> None:
 
 @pytest.mark.parametrize("label", ["", "2", "-1", "Clear", "1.0", " 1", MARK])
 def test_an_unknown_label_is_refused_without_repeating_it(label: str) -> None:
-    with pytest.raises(ValueError, match="^expected a label that is one of clear, opaque or its"):
+    with pytest.raises(ValueError, match=r"^expected a label that is one of clear, opaque or its"):
         TWO.encode_class(label)
 
 
@@ -141,7 +141,7 @@ def test_a_label_map_with_other_values_is_refused(value: float) -> None:
 
 
 def test_segmentation_wants_no_word_as_label() -> None:
-    with pytest.raises(ValueError, match="^expected an image as label, got a word$"):
+    with pytest.raises(ValueError, match=r"^expected an image as label, got a word$"):
         ORGANS.encode_class(MARK)
 
 
@@ -149,7 +149,7 @@ def test_segmentation_wants_no_word_as_label() -> None:
     "names", [[], ["a", "a"], ["a b", "a-b"], ["Lung", "lung"], ["\u00fc"], [""], ["a" * 41]]
 )
 def test_classes_no_metric_can_be_named_after_are_refused(names: list[str]) -> None:
-    with pytest.raises(ValueError, match="^expected "):
+    with pytest.raises(ValueError, match=r"^expected "):
         make_segmentation(classes=names)
 
 
@@ -253,7 +253,9 @@ def test_a_picture_shows_truth_and_prediction_side_by_side(shape: tuple[int, ...
     assert pixels.dtype == np.uint8
     assert pixels[2:4, 2:4].any()
     assert not pixels[:, 10:].any()
-    assert all(word in caption for word in ("truth left", "prediction right", "organ", "Small lesion"))
+    assert all(
+        word in caption for word in ("truth left", "prediction right", "organ", "Small lesion")
+    )
 
 
 # --- both

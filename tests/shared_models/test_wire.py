@@ -156,7 +156,7 @@ def test_an_unknown_kind_is_refused(kind: str) -> None:
     ],
 )
 def test_what_cannot_be_read_is_refused_without_a_word_of_it(change: dict[str, str]) -> None:
-    with pytest.raises(DocumentError, match="^the order cannot be read$"):
+    with pytest.raises(DocumentError, match=r"^the order cannot be read$"):
         unseal(seal(ORDER, key=KEY)._replace(**change), key=PUBLIC)
 
 
