@@ -117,21 +117,18 @@ def budget(config: ConfigFile = Path("site.toml"), as_json: AsJson = False) -> N
     """Show what each study, and all together, have cost this hospital's patients."""
     from client import config as configs
     from client import ledger
-    from shared_models.privacy import spent, studies_of
+    from shared_models.terminal import balance
 
     site = configs.read(config)
-    entries = ledger.read(site.state_dir)
-    delta = site.policy.max_delta
-    costs = {s: spent(entries, study=s, delta=delta) for s in studies_of(entries)}
-    total = spent(entries, delta=delta)
     limits = site.policy
-    if as_json:
-        print(json.dumps({"delta": delta, "unit": "patient", "studies": costs, "lifetime": total}))
-        return
-    for study, cost in costs.items():
-        print(f"study {study[:12]}  epsilon {cost:.4f} of {limits.max_epsilon_per_study:g}")
-    print(f"all studies         epsilon {total:.4f} of {limits.max_epsilon_lifetime:g}")
-    print(f"per patient, at delta {delta:g}; dp_accounting PLD, Poisson, add or remove one patient")
+    print(
+        balance(
+            ledger.read(site.state_dir),
+            as_json=as_json,
+            per_study=limits.max_epsilon_per_study,
+            lifetime=limits.max_epsilon_lifetime,
+        )
+    )
 
 
 @app.command()

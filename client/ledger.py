@@ -58,17 +58,23 @@ def reserve(
         LedgerError: if a budget would be exceeded, naming the epsilon that would be reached.
     """
     with _locked(state_dir):
-        new = Reservation(study=study, round_=round_, event=event, when=datetime.now(UTC))
+        new = Reservation(
+            study=study,
+            round_=round_,
+            event=event,
+            delta=budget.delta,
+            when=datetime.now(UTC),
+        )
         entries = (*read(state_dir), new)
         for text, limit, counted in (
             ("this study", budget.per_study, study),
             ("this cohort's lifetime", budget.lifetime, None),
         ):
-            cost = spent(entries, delta=budget.delta, study=counted)
-            if cost > limit:
+            cost = spent(entries, study=counted)
+            if cost.epsilon > limit:
                 raise LedgerError(
-                    f"the round would bring {text} to epsilon {cost:g} per patient, over the "
-                    f"{limit:g} allowed at delta {budget.delta:g}"
+                    f"the round would bring {text} to epsilon {cost.epsilon:g} per patient, over "
+                    f"the {limit:g} allowed at delta {cost.delta:g}"
                 )
         append_line(state_dir / FILE, new.model_dump_json())
         return events_of(entries, study=study)

@@ -24,7 +24,7 @@ from shared_models.contracts import (
 )
 from shared_models.errors import EXIT_CODES_HELP, DocumentError
 from shared_models.plan import SignedPlan, StudyPlan, event_of
-from shared_models.privacy import epsilon, parse_ledger, spent, studies_of
+from shared_models.privacy import epsilon, parse_ledger
 from shared_models.signing import digest, is_signed_by
 from shared_models.weights import digest as weights_digest
 from shared_models.weights import flatten, load
@@ -62,25 +62,21 @@ def verify(
 @app.command("epsilon")
 def epsilon_of_ledger(
     ledger: Annotated[Path, typer.Argument(help="A site's ledger.jsonl.")],
-    delta: Annotated[float, typer.Option(help="The delta to state epsilon at.")] = 5e-3,
+    delta: Annotated[
+        float | None, typer.Option(help="State all at this delta; else at the studies' own.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compute again what each study, and all together, cost a site's patients."""
+    from shared_models.terminal import balance
+
     try:
         entries = parse_ledger(ledger.read_bytes())
     except OSError as error:
         raise DocumentError(f"cannot read {ledger}: {type(error).__name__}") from error
-    if not 0 < delta < 1:
+    if delta is not None and not 0 < delta < 1:
         raise typer.BadParameter(f"expected delta in (0, 1), got {delta}")
-    costs = {study: spent(entries, study=study, delta=delta) for study in studies_of(entries)}
-    total = spent(entries, delta=delta)
-    if as_json:
-        print(json.dumps({"delta": delta, "unit": "patient", "studies": costs, "lifetime": total}))
-        return
-    for study, cost in costs.items():
-        print(f"study {study[:12]}  epsilon {cost:.4f}")
-    print(f"all studies         epsilon {total:.4f}")
-    print(f"per patient, at delta {delta:g}; dp_accounting PLD, Poisson, add or remove one patient")
+    print(balance(entries, as_json=as_json, delta=delta))
 
 
 def audit_run(run_dir: Path) -> AuditReport:

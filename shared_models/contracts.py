@@ -92,11 +92,15 @@ class PrivacyStatement(Contract):
 
 
 class Reservation(Contract):
-    """One line of a site's privacy ledger: what one round of one study did to its cohort."""
+    """One line of a site's privacy ledger: what one round of one study did to its cohort.
+
+    ``delta`` is the one the study agreed on, at which its epsilon is stated.
+    """
 
     study: Digest
     round_: Annotated[int, Field(ge=0)]
     event: PrivacyEvent
+    delta: Probability
     when: datetime
 
 

@@ -22,7 +22,7 @@ import math
 from collections.abc import Sequence
 from decimal import ROUND_CEILING, Decimal
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -45,6 +45,13 @@ DOES_NOT_COVER = (
     "the presence of test patients in evaluation metrics, the patient counts, "
     "and choices of hyper-parameters made before the study"
 )
+
+
+class Spent(NamedTuple):
+    """An epsilon per patient and the delta it is stated at; no delta where nothing was spent."""
+
+    epsilon: float
+    delta: float | None
 
 
 def epsilon(events: Sequence[PrivacyEvent], *, delta: float) -> float:
@@ -112,9 +119,19 @@ def events_of(
     return tuple(entry.event for entry in ledger if study is None or entry.study == study)
 
 
-def spent(ledger: Sequence[Reservation], *, delta: float, study: str | None = None) -> float:
-    """Return the epsilon of one study, or of all together, at ``delta``."""
-    return epsilon(events_of(ledger, study=study), delta=delta)
+def spent(
+    ledger: Sequence[Reservation], *, study: str | None = None, delta: float | None = None
+) -> Spent:
+    """Return the epsilon of one study, or of all together.
+
+    It is stated at ``delta``, or else at the smallest delta agreed for what is counted: a larger
+    one would make it look cheaper.
+    """
+    counted = [entry for entry in ledger if study is None or entry.study == study]
+    if not counted:
+        return Spent(0.0, delta)
+    stated_at = min(entry.delta for entry in counted) if delta is None else delta
+    return Spent(epsilon([entry.event for entry in counted], delta=stated_at), stated_at)
 
 
 def studies_of(ledger: Sequence[Reservation]) -> list[str]:

@@ -1,14 +1,48 @@
-"""What the three commands share: how they fail."""
+"""What the three commands share: how they fail, and how they print a ledger's balance."""
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from shared_models.contracts import Reservation
 from shared_models.errors import ConsiliaError
+from shared_models.privacy import Spent, spent, studies_of
 
 if TYPE_CHECKING:
     import typer
+
+
+def balance(
+    ledger: Sequence[Reservation],
+    *,
+    as_json: bool,
+    delta: float | None = None,
+    per_study: float | None = None,
+    lifetime: float | None = None,
+) -> str:
+    """Return what each study, and all together, cost a patient, beside the limits if there are any.
+
+    Each epsilon is stated at ``delta``, or else at the smallest delta agreed for what it counts.
+    """
+    studies = {study: spent(ledger, study=study, delta=delta) for study in studies_of(ledger)}
+    total = spent(ledger, delta=delta)
+    if as_json:
+        costs = {study: cost._asdict() for study, cost in studies.items()}
+        return json.dumps({"unit": "patient", "studies": costs, "lifetime": total._asdict()})
+    lines = [_cost(f"study {study[:12]}", cost, per_study) for study, cost in studies.items()]
+    lines += [_cost("all studies", total, lifetime)]
+    return "\n".join(
+        [*lines, "per patient; dp_accounting PLD, rounded up; Poisson; add or remove one patient"]
+    )
+
+
+def _cost(what: str, cost: Spent, limit: float | None) -> str:
+    at = "" if cost.delta is None else f" at delta {cost.delta:g}"
+    of = "" if limit is None else f" of {limit:g}"
+    return f"{what:18}  epsilon {cost.epsilon:.4f}{of}{at}"
 
 
 def run_app(app: typer.Typer) -> None:

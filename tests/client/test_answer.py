@@ -243,7 +243,7 @@ def test_the_whole_planned_study_fits_into_the_epsilon_it_states(house_of: House
     said = [house.ask("train", round_) for round_ in range(3)]
     said += [house.ask("evaluate", 3), house.ask("alone", 3)]
     assert all(isinstance(reply, SiteReply) for reply in said)
-    assert spent(ledger.read(house.site.config.state_dir), delta=0.01) == cost
+    assert spent(ledger.read(house.site.config.state_dir), delta=0.01).epsilon == cost
     assert refused(house.ask("train", 2)) == "budget"
 
 

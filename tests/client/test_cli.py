@@ -174,7 +174,7 @@ def test_approve_without_the_sites_key_approves_nothing(hospital, plan_file: Pla
 
 @pytest.fixture
 def charged(hospital, plan_of) -> dict[str, float]:
-    """Charge two studies and return what each cost, and both together, at the site's delta."""
+    """Charge two studies and return what each cost, and both together, at the delta agreed."""
     site = config.read(hospital.config_file)
     plenty = ledger.Budget(per_study=100.0, lifetime=100.0, delta=0.01)
     small, large = (event_of(plan_of(), steps=steps) for steps in (2, 3))
@@ -182,7 +182,7 @@ def charged(hospital, plan_of) -> dict[str, float]:
     for study, charges in events.items():
         for round_, event in enumerate(charges):
             ledger.reserve(site.state_dir, study=study, round_=round_, event=event, budget=plenty)
-    delta = site.policy.max_delta
+    delta = plenty.delta
     costs = {study: epsilon(charges, delta=delta) for study, charges in events.items()}
     return costs | {"all": epsilon([small, small, large], delta=delta)}
 
@@ -193,20 +193,20 @@ def test_budget_shows_what_each_study_and_all_together_cost(
     found = run("budget", "--config", hospital.config_file)
     assert found.exit_code == 0
     assert found.output.splitlines() == [
-        f"study {'5a' * 6}  epsilon {charged['5a' * 32]:.4f} of 4",
-        f"study {'c3' * 6}  epsilon {charged['c3' * 32]:.4f} of 4",
-        f"all studies         epsilon {charged['all']:.4f} of 8",
-        "per patient, at delta 0.05; dp_accounting PLD, Poisson, add or remove one patient",
+        f"study {'5a' * 6}  epsilon {charged['5a' * 32]:.4f} of 4 at delta 0.01",
+        f"study {'c3' * 6}  epsilon {charged['c3' * 32]:.4f} of 4 at delta 0.01",
+        f"all studies         epsilon {charged['all']:.4f} of 8 at delta 0.01",
+        "per patient; dp_accounting PLD, rounded up; Poisson; add or remove one patient",
     ]
 
 
 def test_budget_tells_machines_the_same(hospital, charged: dict[str, float]) -> None:
     found = run("budget", "--config", hospital.config_file, "--json")
+    costs = {study: {"epsilon": cost, "delta": 0.01} for study, cost in charged.items()}
     assert json.loads(found.output) == {
-        "delta": 0.05,
         "unit": "patient",
-        "lifetime": charged.pop("all"),
-        "studies": charged,
+        "lifetime": costs.pop("all"),
+        "studies": costs,
     }
 
 

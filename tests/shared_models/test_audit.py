@@ -445,7 +445,9 @@ def test_machines_get_the_same_as_json(run_dir: Path) -> None:
 @pytest.fixture
 def ledger(tmp_path: Path, private: StudyPlan) -> Path:
     entries = [
-        Reservation(study=study * 64, round_=n, event=event_of(private, steps=5), when=NOON)
+        Reservation(
+            study=study * 64, round_=n, event=event_of(private, steps=5), delta=1e-4, when=NOON
+        )
         for n, study in enumerate("aab")
     ]
     file = tmp_path / "ledger.jsonl"
@@ -460,14 +462,23 @@ def test_a_ledgers_epsilon_is_computed_again(ledger: Path, private: StudyPlan) -
         return epsilon((event_of(private, steps=steps),), delta=1e-3)
 
     assert json.loads(told.stdout) == {
-        "delta": 1e-3,
         "unit": "patient",
-        "studies": {"a" * 64: cost(10), "b" * 64: cost(5)},
-        "lifetime": cost(15),
+        "studies": {
+            "a" * 64: {"epsilon": cost(10), "delta": 1e-3},
+            "b" * 64: {"epsilon": cost(5), "delta": 1e-3},
+        },
+        "lifetime": {"epsilon": cost(15), "delta": 1e-3},
     }
     plain = CliRunner().invoke(app, ["epsilon", str(ledger), "--delta", "1e-3"])
     assert f"all studies         epsilon {cost(15):.4f}" in plain.stdout
-    assert "per patient, at delta 0.001" in plain.stdout
+    assert "at delta 0.001" in plain.stdout
+    assert "per patient" in plain.stdout
+
+
+def test_a_ledgers_epsilon_is_stated_at_the_delta_agreed(ledger: Path, private: StudyPlan) -> None:
+    told = CliRunner().invoke(app, ["epsilon", str(ledger)])
+    cost = epsilon((event_of(private, steps=15),), delta=1e-4)
+    assert f"all studies         epsilon {cost:.4f} at delta 0.0001" in told.stdout
 
 
 @pytest.mark.parametrize("delta", ["0", "1", "-1", "nan", "x"])

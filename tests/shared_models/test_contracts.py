@@ -86,7 +86,7 @@ VALIDATION = ValidationReport(
 EXAMPLES: tuple[Contract, ...] = (
     EVENT,
     STATEMENT,
-    Reservation(study=STUDY, round_=0, event=EVENT, when=NOON),
+    Reservation(study=STUDY, round_=0, event=EVENT, delta=1e-4, when=NOON),
     SIGNATURE,
     RoundOrder(
         study=STUDY,

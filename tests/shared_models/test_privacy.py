@@ -285,7 +285,9 @@ def test_there_is_no_statement_of_nothing_or_of_no_privacy() -> None:
 
 
 def entry(study: str, round_: int, **changes: Any) -> Reservation:
-    return Reservation(study=study * 64, round_=round_, event=event(**changes), when=NOON)
+    return Reservation(
+        study=study * 64, round_=round_, event=event(**changes), delta=1e-4, when=NOON
+    )
 
 
 LEDGER = [entry("a", 0, steps=10), entry("b", 0, steps=20), entry("a", 1, steps=30)]
@@ -345,9 +347,11 @@ def test_a_study_is_charged_for_its_own_events_and_the_site_for_all() -> None:
     assert studies_of(LEDGER) == ["a" * 64, "b" * 64]
     assert events_of(LEDGER, study="a" * 64) == (LEDGER[0].event, LEDGER[2].event)
     assert events_of(LEDGER) == tuple(e.event for e in LEDGER)
-    assert spent(LEDGER, delta=1e-4, study="a" * 64) == epsilon([event(steps=40)], delta=1e-4)
-    assert spent(LEDGER, delta=1e-4) == epsilon([event(steps=60)], delta=1e-4)
-    assert spent(LEDGER, delta=1e-4, study="c" * 64) == 0.0
+    assert spent(LEDGER, delta=1e-4, study="a" * 64).epsilon == epsilon(
+        [event(steps=40)], delta=1e-4
+    )
+    assert spent(LEDGER).epsilon == epsilon([event(steps=60)], delta=1e-4)
+    assert spent(LEDGER, study="c" * 64) == (0.0, None)
 
 
 def test_the_second_opinion_is_dp_accountings_own() -> None:
