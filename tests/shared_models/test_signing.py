@@ -186,6 +186,13 @@ def test_a_signature_that_names_a_key_but_was_made_by_another_is_none() -> None:
     assert not is_signed_by(order, claimed, key=public_key(KEY))
 
 
+def test_a_signature_that_names_another_key_than_its_own_is_none() -> None:
+    order = RoundOrder(**ORDER)
+    other = public_key(ed25519.Ed25519PrivateKey.generate())
+    claimed = Signature(key=other, value=sign(order, key=KEY).value)
+    assert not is_signed_by(order, claimed, key=public_key(KEY))
+
+
 def test_a_key_that_is_no_key_signs_nothing() -> None:
     order = RoundOrder(**ORDER)
     nonsense = Signature.model_construct(key="zz", value=sign(order, key=KEY).value)

@@ -69,6 +69,7 @@ def refusal(path: Path) -> str:
     with pytest.raises(DataError) as caught:
         read_volume(path)
     assert MARK not in str(caught.value)
+    assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
     return str(caught.value)
 
