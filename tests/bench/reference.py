@@ -1,11 +1,11 @@
 """Federated beside centralised and local-only training, without privacy, on the real images.
 
-    python tests/bench/reference.py --data ../shared/data --seeds 3 [--only cxr_pneumonia] [--json FILE]
+    python tests/bench/reference.py --data ../shared/data --seeds 3 [--only NAME] [--json FILE]
 
-Every figure is on the manifest's test split. Federated is the study's own in-process runtime with the
-recipe the demonstration uses; centralised is the same recipe with all patients at one site; alone is
-each hospital's own training in the same number of steps. ``reference`` is the plain FedAvg baseline
-published with the data, which federated must reach.
+Every figure is on the manifest's test split. Federated is the study's own in-process runtime with
+the recipe the demonstration uses; centralised is the same recipe with all patients at one site;
+alone is each hospital's own training in the same number of steps. ``reference`` is the plain FedAvg
+baseline published with the data, which federated must reach.
 """
 
 import argparse
