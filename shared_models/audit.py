@@ -1,6 +1,7 @@
 """``consilia-audit``: verify a run and its ledgers offline, trusting neither side.
 
-It needs no torch and no Flower, and nothing but the files: every figure is computed again.
+It needs no torch and no Flower, and nothing but the files. Epsilons, digests and signatures are
+computed again; metrics are the parties' own word.
 """
 
 from __future__ import annotations

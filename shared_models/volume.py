@@ -21,6 +21,8 @@ from shared_models.errors import DataError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 NIFTI = (".nii", ".nii.gz")
+#: Modalities whose images have no place in the patient (PS3.3 C.7.3.1.1.1).
+PROJECTIONS = ("CR", "DX", "IO", "MG", "PX", "RG")
 #: Spacing between slices may differ by this much before the series is refused, in mm.
 POSITION_TOLERANCE_MM = 0.05
 
@@ -96,6 +98,8 @@ def _read_series(files: Sequence[Path]) -> Volume:
     if len({s.SeriesInstanceUID for s in slices}) > 1:
         raise DataError("expected one series in the folder, got several; give each its own folder")
     first = slices[0]
+    if len(slices) == 1 and first.Modality in PROJECTIONS:
+        return _film(first)
     directions = np.asarray(first.ImageOrientationPatient, dtype=np.float64).reshape(2, 3)
     normal = np.cross(directions[0], directions[1])
     heights = [float(np.dot(normal, np.asarray(s.ImagePositionPatient, float))) for s in slices]
@@ -109,6 +113,14 @@ def _read_series(files: Sequence[Path]) -> Volume:
     affine[:3, 3] = np.asarray(slices[order[0]].ImagePositionPatient, dtype=np.float64)
     data = np.stack([_pixels(slices[i]) for i in order])
     return Volume(data, affine, str(first.Modality))
+
+
+def _film(dataset: Any) -> Volume:
+    """Read a projection, which has no place in the patient: one slice, in the detector's plane."""
+    spacing = dataset.get("PixelSpacing") or dataset.get("ImagerPixelSpacing") or (1.0, 1.0)
+    row_mm, column_mm = (float(v) for v in spacing)
+    affine = np.diag([column_mm, row_mm, 1.0, 1.0])
+    return Volume(_pixels(dataset)[None], affine, str(dataset.Modality))
 
 
 def _slice_step(heights: NDArray[np.float64], first: Any) -> float:

@@ -35,8 +35,8 @@ def make(
     The loss of an image is its mean cross-entropy, in which a voxel of a class counts
     ``foreground_weight`` times one of the background, plus ``dice_weight`` times its own soft Dice
     loss over the classes. Metrics (MONAI): ``dice`` and ``hd95`` (95th percentile Hausdorff
-    distance, mm), each averaged over classes and also per class (``dice_<class>``). An image without a class
-    says nothing about that class.
+    distance, mm), each averaged over classes and also per class (``dice_<class>``). An image
+    without a class says nothing about that class.
 
     Raises:
         ValueError: if there is no class, two of one name, or one that no metric can be named after.

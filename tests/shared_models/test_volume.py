@@ -275,6 +275,15 @@ def test_one_file_is_a_series_of_one(tmp_path: Path) -> None:
     assert volume.spacing_mm == (3.0, 0.5, 0.25)
 
 
+def test_a_film_without_a_place_in_the_patient_lies_in_the_detectors_plane(tmp_path: Path) -> None:
+    film = dicom_slice(np.full((3, 4), 7), Modality="DX", ImagerPixelSpacing=[0.2, 0.1])
+    for keyword in ("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing"):
+        delattr(film, keyword)
+    volume = read_volume(write(tmp_path / "film.dcm", film))
+    assert volume.data.tolist() == [[[7.0] * 4] * 3]
+    assert volume.spacing_mm == (1.0, 0.2, 0.1)
+
+
 def test_stored_values_become_hounsfield_units(tmp_path: Path) -> None:
     """PS3.3 C.11.1.1.2: output units = m * SV + b; here beside pydicom's own modality LUT."""
     dataset = dicom_slice(GREY, RescaleSlope="2.0", RescaleIntercept="-1024")
