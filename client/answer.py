@@ -275,6 +275,7 @@ def _train(net: Any, study: Study, site: Site, round_: int, purpose: str) -> flo
             autocast=settings.autocast,
             most_images=settings.most_images,
             threads=settings.threads,
+            engine=settings.engine,
         ),
     )
     if trained.num_non_finite:

@@ -60,12 +60,16 @@ class PolicySettings(Contract):
 
 
 class PerformanceSettings(Contract):
-    """Speed only. ``device``: auto uses CUDA where there is one. ``autocast``: bfloat16 on CUDA."""
+    """Speed only. ``device``: auto uses CUDA where there is one. ``autocast``: bfloat16 on CUDA.
+
+    ``engine``: how private gradients are made, Opacus's way or in one backward pass.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     autocast: bool = False
     most_images: Annotated[int, Field(ge=1)] = 32
     threads: Annotated[int, Field(ge=1)] = 1
+    engine: Literal["opacus", "bookkeeping"] = "opacus"
 
 
 class SiteConfig(Contract):

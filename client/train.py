@@ -17,24 +17,37 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from client.dp import Batch, GradientOf, add_noise, opacus_engine, plain_engine, trainable
+from client.bookkeeping import bookkeeping_engine
+from client.dp import (
+    Batch,
+    Engine,
+    GradientOf,
+    add_noise,
+    opacus_engine,
+    plain_engine,
+    trainable,
+)
 from client.noise import Randomness, secure, seeded
 from shared_models.cohort import Patient
 from shared_models.plan import PrivacyTerms, StudyPlan, Training
 from shared_models.tasks import Task
+
+#: Equal up to rounding: each is held to a plain loop over patients by its tests.
+ENGINES: dict[str, Engine] = {"opacus": opacus_engine, "bookkeeping": bookkeeping_engine}
 
 
 class Performance(NamedTuple):
     """How fast, never what: none of these may change the ledger or what is private.
 
     ``device`` is a torch device; ``autocast`` uses bfloat16 there; ``most_images`` bounds the
-    images in one forward pass; ``threads`` is for the CPU.
+    images in one forward pass; ``threads`` is for the CPU; ``engine`` is one of ``ENGINES``.
     """
 
     device: str = "cpu"
     autocast: bool = False
     most_images: int = 32
     threads: int = 1
+    engine: str = "opacus"
 
 
 class Trained(NamedTuple):
@@ -131,7 +144,7 @@ def _engine(
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return task.loss(outputs.float(), targets)
 
-    engine = plain_engine if privacy is None else opacus_engine
+    engine = plain_engine if privacy is None else ENGINES[performance.engine]
     norm = None if privacy is None else privacy.max_grad_norm
     autocast = torch.autocast(
         torch.device(performance.device).type, torch.bfloat16, enabled=performance.autocast

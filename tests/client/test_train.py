@@ -16,7 +16,7 @@ from torch import nn
 
 from client.dp import opacus_engine, trainable
 from client.noise import Randomness, secure, seeded
-from client.train import Performance, Trained, draw, learning_rate, randomness_of, train
+from client.train import ENGINES, Performance, Trained, draw, learning_rate, randomness_of, train
 from shared_models import nets
 from shared_models.cohort import Patient
 from shared_models.plan import StudyPlan, Training
@@ -339,6 +339,24 @@ def test_performance_changes_nothing_but_the_last_digits(private: bool, plan_of)
     plan = plan_of({} if private else {"privacy": None})
     one, many = (trained(plan, seeded(3), most_images=most) for most in (1, 32))
     assert one.numpy() == pytest.approx(many.numpy(), abs=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_trains_to_the_same_weights(engine: str, plan_of) -> None:
+    nets_of_engines = []
+    for name in ("opacus", engine):
+        net = net_of(plan_of())
+        train(
+            net,
+            noise_patients(),
+            plan=plan_of(),
+            task=TASK,
+            round_=0,
+            randomness=seeded(3),
+            performance=Performance(engine=name),
+        )
+        nets_of_engines.append(weights(net).numpy())
+    assert nets_of_engines[0] == pytest.approx(nets_of_engines[1], abs=1e-5)
 
 
 def test_the_loss_is_the_mean_over_the_steps_that_drew_anybody(plan_of) -> None:
