@@ -22,6 +22,7 @@ from client.dp import (
     Batch,
     Engine,
     GradientOf,
+    Sums,
     add_noise,
     opacus_engine,
     plain_engine,
@@ -146,14 +147,15 @@ def _engine(
 
     engine = plain_engine if privacy is None else ENGINES[performance.engine]
     norm = None if privacy is None else privacy.max_grad_norm
-    autocast = torch.autocast(
-        torch.device(performance.device).type, torch.bfloat16, enabled=performance.autocast
-    )
-    with (
-        autocast,
-        engine(net, loss, max_grad_norm=norm, most_images=performance.most_images) as gradient_of,
-    ):
-        yield gradient_of
+    kind = torch.device(performance.device).type
+    with engine(net, loss, max_grad_norm=norm, most_images=performance.most_images) as gradient_of:
+
+        def in_precision(batch: Batch) -> Sums:
+            # Opened anew for each step: autocast keeps its copies of the weights until it closes.
+            with torch.autocast(kind, torch.bfloat16, enabled=performance.autocast):
+                return gradient_of(batch)
+
+        yield in_precision
 
 
 def _mean(

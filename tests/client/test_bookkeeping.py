@@ -758,6 +758,18 @@ class Folding(nn.Module):
         return self.last(self.rows(images.flatten(0, 2)).reshape(len(images), -1))
 
 
+class FoldingNorm(nn.Module):
+    """Normalizes and bends the rows of the images as if they were images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.bend, self.last = nn.GroupNorm(2, 6), nn.PReLU(), nn.Linear(36, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = images.flatten(0, 2)
+        return self.last(self.bend(self.norm(rows)).reshape(len(images), -1))
+
+
 class TimeFirst(nn.Module):
     """Has the rows first, which by chance may be as many as the images."""
 
@@ -791,6 +803,7 @@ SLOW = {
     "weight norm": normed,
     "bilinear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 3), _Own()),
     "folded": Folding,
+    "folded norm": FoldingNorm,
     "time first": TimeFirst,
     "projecting lstm": Projecting,
     "plain recurrent": lambda: Sequences(nn.RNN, batch_first=True),

@@ -430,3 +430,23 @@ def test_under_privacy_terms_a_buffer_that_training_changed_stops_the_round(
     net = nn.Sequential(Counter(), nn.Flatten(), nn.Linear(256, 2))
     with pytest.raises(ValueError, match=r"0\.seen"):
         one_round(net, plan_of(), secure())
+
+
+def test_autocast_sees_the_weights_of_the_step_and_not_of_the_one_before(plan_of) -> None:
+    plan = plan_of({"privacy": None, "training.steps_per_round": 6, "training.learning_rate": 0.05})
+    found = []
+    for autocast in (False, True):
+        net = net_of(plan)
+        train(
+            net,
+            noise_patients(),
+            plan=plan,
+            task=TASK,
+            round_=0,
+            randomness=Randomness(everybody, nobody),
+            performance=Performance(autocast=autocast),
+        )
+        found.append(weights(net))
+    start = weights(net_of(plan))
+    moved = (found[0] - start).norm()
+    assert (found[1] - found[0]).norm() < 0.2 * moved
