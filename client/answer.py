@@ -274,7 +274,6 @@ def _train(net: Any, study: Study, site: Site, round_: int, purpose: str) -> flo
             device=device_of(site.config),
             autocast=settings.autocast,
             most_images=settings.most_images,
-            threads=settings.threads,
             engine=settings.engine,
         ),
     )

@@ -41,13 +41,12 @@ class Performance(NamedTuple):
     """How fast, never what: none of these may change the ledger or what is private.
 
     ``device`` is a torch device; ``autocast`` uses bfloat16 there; ``most_images`` bounds the
-    images in one forward pass; ``threads`` is for the CPU; ``engine`` is one of ``ENGINES``.
+    images in one forward pass; ``engine`` is one of ``ENGINES``.
     """
 
     device: str = "cpu"
     autocast: bool = False
     most_images: int = 32
-    threads: int = 1
     engine: str = "opacus"
 
 

@@ -14,6 +14,7 @@ from server import report, rounds, store
 from server.release import release
 from server.rounds import Ask, Consortium
 from server.validate import Validator, final_report, initial_weights, open_validator, validate
+from shared_models import tasks
 from shared_models.catalogue import STRATEGIES, objections
 from shared_models.contracts import (
     RoundPoint,
@@ -120,7 +121,7 @@ def _report(
     seconds: float,
 ) -> StudyReport:
     plan = signed.plan
-    task = find("tasks", plan.task.name, builtin=_tasks())(**plan.task.params)
+    task = find("tasks", plan.task.name, builtin=tasks.BUILTIN)(**plan.task.params)
     return StudyReport(
         study=digest(plan),
         name=plan.name,
@@ -189,9 +190,3 @@ def _point(record: RoundRecord) -> RoundPoint:
 
 def _last(said: list[SiteReply], kind: str) -> SiteReply | None:
     return next((reply for reply in reversed(said) if reply.kind == kind), None)
-
-
-def _tasks() -> dict[str, str]:
-    from shared_models.tasks import BUILTIN
-
-    return BUILTIN
