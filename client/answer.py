@@ -1,7 +1,12 @@
 """From an order to a reply, inside the hospital.
 
-The order of things is the site's whole security: read and verify, judge, reserve, train, gate. A
-refusal is an answer like any other; its reason in words stays in the site's own log.
+The order of things is the site's whole security: read and verify, judge, reserve, train, gate,
+keep, commit. A refusal is an answer like any other; its reason in words stays in the site's own
+log.
+
+Guarantees:
+    An order to train given again is answered with the same bytes for nothing, or charged again.
+    A reply to training that cannot be kept on disk and committed does not leave.
 """
 
 from __future__ import annotations
@@ -9,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,14 +22,15 @@ from typing import Any, NamedTuple
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client import config as configs
-from client import ledger, studies
+from client import ledger, masks, outbox, peers, studies
 from client.config import SiteConfig
-from client.gate import Result, pass_out, refusal
+from client.gate import Refused, Result, pass_out, refusal
 from client.policy import judge
-from shared_models.contracts import PrivacyStatement, RoundOrder
+from shared_models.contracts import PrivacyStatement, Reservation, RoundOrder
 from shared_models.errors import ConsiliaError, DataError, LedgerError
 from shared_models.plan import SignedPlan, StudyPlan, event_of
-from shared_models.privacy import statement
+from shared_models.privacy import events_of, share_of, statement
+from shared_models.signing import digest as digest_of
 from shared_models.signing import load_key, public_key
 from shared_models.weights import (
     Array,
@@ -70,27 +76,39 @@ class Seat(NamedTuple):
     answer: Callable[[Letter], Letter]
 
 
-class Refused(Exception):
-    """This site will not obey; ``code`` is from the contracts' closed list."""
-
-    def __init__(self, code: str, why: str) -> None:
-        self.code = code
-        super().__init__(why)
-
-
 def open_site(config_file: Path) -> Callable[[Letter], Letter]:
     """Return the function that answers letters for the site of ``config_file``.
+
+    What a crash left in the ledger is put right first.
 
     Raises:
         DocumentError: if the configuration or the key cannot be read.
     """
     config = configs.read(config_file)
     site = Site(config, key=load_key(config.signing_key))
+    ledger.repair(config.state_dir)
     return lambda letter: answer(letter, site)
 
 
-def rehearse(config_file: Path, *, signed: SignedPlan, coordinator: str, state_dir: Path) -> Seat:
-    """Seat a site at a simulation on one machine.
+def introduce(config_file: Path) -> tuple[str, str]:
+    """Return a site's name and its public signing key, for its peers at a simulation.
+
+    Raises:
+        DocumentError: if the configuration or the key cannot be read.
+    """
+    config = configs.read(config_file)
+    return config.name, public_key(load_key(config.signing_key))
+
+
+def rehearse(
+    config_file: Path,
+    *,
+    signed: SignedPlan,
+    coordinator: str,
+    state_dir: Path,
+    trusted: Mapping[str, str],
+) -> Seat:
+    """Seat a site at a simulation on one machine, among ``trusted`` peers (keys by name).
 
     The site's data, rules and speed are its own; its approvals and ledger go to ``state_dir``, so
     that a rehearsal is neither charged nor mistaken for the real study.
@@ -99,7 +117,12 @@ def rehearse(config_file: Path, *, signed: SignedPlan, coordinator: str, state_d
         ConsiliaError: if the site cannot be read, or objects to the plan.
     """
     config = configs.read(config_file)
-    policy = config.policy.model_copy(update={"coordinators": (signed.plan.coordinator,)})
+    known = state_dir / config.name / "peers.toml"
+    for name in trusted.keys() - {config.name}:
+        peers.trust(known, name=name, key=trusted[name])
+    policy = config.policy.model_copy(
+        update={"coordinators": (signed.plan.coordinator,), "peers": known}
+    )
     changed = {"policy": policy, "coordinator": coordinator, "state_dir": state_dir / config.name}
     site = Site(config.model_copy(update=changed), key=load_key(config.signing_key))
     objections = studies.objections(signed, site.config, today=_today())
@@ -116,14 +139,10 @@ def answer(letter: Letter, site: Site) -> Letter:
         order, vector = _opened(letter, site)
         study = _admitted(order, vector, site)
         log.info("round %d: %s", order.round_, order.kind)
-        result = _obey(order, unflatten(vector, study.schema), study, site)
-        passed = pass_out(
-            result, order=order, plan=study.plan, site=site.config, schema=study.schema
-        )
-        if isinstance(passed, tuple):
+        said = _said_before(order, study.plan, site) or _said_now(order, vector, study, site)
+        if said.kind == "reply":
             site.last_round[order.study, order.kind] = order.round_
-            return seal(passed[0], key=site.key, vector=passed[1])
-        return seal(passed, key=site.key)
+        return said
     except Refused as refused:
         log.warning("round %d refused (%s): %s", order.round_, refused.code, refused)
         return seal(refusal(order, refused.code), key=site.key)
@@ -171,6 +190,9 @@ def _admitted(order: RoundOrder, vector: Array, site: Site) -> Study:
         raise Refused("bad-order", "the plan does not compare with training alone")
     if order.round_ > plan.training.num_rounds - (order.kind == "train"):
         raise Refused("out-of-order", "a later round than the plan has")
+    is_first = order.kind == "alone" or (order.kind == "train" and order.round_ == 0)
+    if is_first and plan.start not in (None, order.weights_digest):
+        raise Refused("bad-order", "the weights are not the start that the plan states")
     if order.study not in site.studies:
         objections = judge(plan, site.config, today=_today())
         if objections:
@@ -184,6 +206,9 @@ def _admitted(order: RoundOrder, vector: Array, site: Site) -> Study:
 
 def _prepared(plan: StudyPlan, site: Site) -> Study:
     """Read the site's patients for ``plan`` and check that it can be trained on them."""
+    import torch
+
+    from client.probe import mixes_images
     from shared_models import cohort, nets, tasks
     from shared_models.nets.base import weights_of
     from shared_models.registry import find
@@ -201,13 +226,56 @@ def _prepared(plan: StudyPlan, site: Site) -> Study:
     )
     num_patients = len(patients["train"])
     if num_patients < max(plan.min_patients, site.config.policy.min_patients):
-        raise Refused("too-few-patients", f"{num_patients} patients to train on")
+        raise Refused(
+            "too-few-patients",
+            f"expected at least {max(plan.min_patients, site.config.policy.min_patients)} patients "
+            f"to train on, got {num_patients}; list more of them, or stay out of this study",
+        )
     if plan.privacy is not None and plan.privacy.delta >= 1 / num_patients:
-        raise Refused("policy", f"delta is not under one over the {num_patients} patients here")
+        raise Refused(
+            "policy",
+            f"expected delta under one over the {num_patients} patients here, "
+            f"got {plan.privacy.delta:g}; ask for a plan with a smaller one",
+        )
     net = nets.make(
         plan.net.name, plan.net.params, seed=0, num_outputs=task.num_outputs, plugins=plugins
     )
+    first = torch.cat([patient.images[:1] for patient in patients["train"][:2]])
+    if plan.privacy is not None and mixes_images(net, first):
+        raise Refused(
+            "policy", "patients meet inside the net; name one whose layers keep them apart"
+        )
     return Study(plan, task, patients, schema_of(weights_of(net)))
+
+
+def _said_before(order: RoundOrder, plan: StudyPlan, site: Site) -> Letter | None:
+    """Return the reply kept of this very order, if the ledger has it where it has to."""
+    if order.kind == "evaluate":
+        return None
+    config = site.config
+    found = outbox.find(config.state_dir, order, policy=config.policy, key=public_key(site.key))
+    if found is None:
+        return None
+    reply = digest_of(found.document.encode())
+    if plan.privacy is not None and not ledger.is_committed(config.state_dir, reply):
+        return None
+    log.info("round %d: asked again, the same reply", order.round_)
+    return found
+
+
+def _said_now(order: RoundOrder, vector: Array, study: Study, site: Site) -> Letter:
+    """Do what the order asks, and keep and commit what of it may leave."""
+    config = site.config
+    result = _obey(order, unflatten(vector, study.schema), study, site)
+    passed = pass_out(result, order=order, plan=study.plan, site=config, schema=study.schema)
+    if not isinstance(passed, tuple):
+        return seal(passed, key=site.key)
+    letter = seal(passed[0], key=site.key, vector=passed[1])
+    if order.kind != "evaluate":
+        outbox.keep(config.state_dir, order, letter=letter, policy=config.policy)
+    if result.charge is not None:
+        ledger.commit(config.state_dir, result.charge, reply=digest_of(passed[0]))
+    return letter
 
 
 def _obey(order: RoundOrder, weights: dict[str, Array], study: Study, site: Site) -> Result:
@@ -234,21 +302,21 @@ def _obey(order: RoundOrder, weights: dict[str, Array], study: Study, site: Site
         evaluation = evaluate(net, test, task=study.task, device=device, with_intervals=True)
         return Result(len(train), time.monotonic() - started, evaluation=evaluation)
     if order.kind == "alone":
-        privacy = _charge(order, study, site, rounds=plan.training.num_rounds)
-        loss = [
-            _train(net, study, site, round_, "alone") for round_ in range(plan.training.num_rounds)
-        ]
+        charge, privacy = _charge(order, study, site, rounds=plan.training.num_rounds)
+        loss = _train(net, study, site, range(plan.training.num_rounds), "alone")
         evaluation = evaluate(net, test, task=study.task, device=device, with_intervals=True)
         return Result(
             len(train),
             time.monotonic() - started,
-            train_loss=_shown(loss[-1], plan),
+            train_loss=_shown(loss, plan),
             evaluation=evaluation,
             privacy=privacy,
+            charge=charge,
         )
+    mask = masks.mask_for(order, plan, site.config) if plan.rounds.secure_aggregation else None
     evaluation = evaluate(net, test, task=study.task, device=device)
-    privacy = _charge(order, study, site, rounds=1)
-    mean_loss = _train(net, study, site, order.round_, "train")
+    charge, privacy = _charge(order, study, site, rounds=1)
+    mean_loss = _train(net, study, site, [order.round_], "train")
     return Result(
         len(train),
         time.monotonic() - started,
@@ -256,10 +324,12 @@ def _obey(order: RoundOrder, weights: dict[str, Array], study: Study, site: Site
         update=subtract(weights_of(net), weights),
         evaluation=evaluation,
         privacy=privacy,
+        charge=charge,
+        mask=mask,
     )
 
 
-def _train(net: Any, study: Study, site: Site, round_: int, purpose: str) -> float:
+def _train(net: Any, study: Study, site: Site, rounds: Sequence[int], purpose: str) -> float:
     from client.train import Performance, randomness_of, train
 
     settings = site.config.performance
@@ -268,8 +338,11 @@ def _train(net: Any, study: Study, site: Site, round_: int, purpose: str) -> flo
         study.cohort["train"],
         plan=study.plan,
         task=study.task,
-        round_=round_,
-        randomness=randomness_of(study.plan, site=site.config.name, round_=round_, purpose=purpose),
+        rounds=rounds,
+        randomness=randomness_of(
+            study.plan, site=site.config.name, round_=rounds[0], purpose=purpose
+        ),
+        noise_multiplier=_noise_multiplier(study.plan, purpose),
         performance=Performance(
             device=device_of(site.config),
             autocast=settings.autocast,
@@ -278,8 +351,13 @@ def _train(net: Any, study: Study, site: Site, round_: int, purpose: str) -> flo
         ),
     )
     if trained.num_non_finite:
-        log.warning("round %d: some patients' gradients were not finite and left out", round_)
+        log.warning("round %d: some patients' gradients were not finite, left out", rounds[-1])
     return trained.loss
+
+
+def _noise_multiplier(plan: StudyPlan, purpose: str) -> float:
+    """Return the noise this site adds by itself: all of it, or its share; 0 without privacy."""
+    return 0.0 if plan.privacy is None else share_of(event_of(plan, steps=1, purpose=purpose))
 
 
 def _shown(loss: float, plan: StudyPlan) -> float | None:
@@ -287,11 +365,13 @@ def _shown(loss: float, plan: StudyPlan) -> float | None:
     return loss if plan.privacy is None else None
 
 
-def _charge(order: RoundOrder, study: Study, site: Site, *, rounds: int) -> PrivacyStatement | None:
+def _charge(
+    order: RoundOrder, study: Study, site: Site, *, rounds: int
+) -> tuple[Reservation, PrivacyStatement] | tuple[None, None]:
     """Reserve the cost of the coming steps, on disk, before any of them."""
     privacy = study.plan.privacy
     if privacy is None:
-        return None
+        return None, None
     steps = rounds * study.plan.training.steps_per_round
     policy = site.config.policy
     charged = ledger.reserve(
@@ -305,7 +385,7 @@ def _charge(order: RoundOrder, study: Study, site: Site, *, rounds: int) -> Priv
             delta=privacy.delta,
         ),
     )
-    return statement(charged, delta=privacy.delta)
+    return charged[-1], statement(events_of(charged), delta=privacy.delta)
 
 
 def device_of(config: SiteConfig) -> str:

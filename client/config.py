@@ -41,7 +41,10 @@ class DataSettings(Contract):
 
 
 class PolicySettings(Contract):
-    """What this hospital allows. Anything not allowed here is refused."""
+    """What this hospital allows. Anything not allowed here is refused.
+
+    ``peers`` names the file of the hospitals it trusts for secure aggregation (``peers.py``).
+    """
 
     coordinators: tuple[PublicKey, ...]
     purposes: tuple[Purpose, ...]
@@ -57,19 +60,20 @@ class PolicySettings(Contract):
     metrics: tuple[MetricName, ...]
     allow_without_privacy: bool = False
     plugins: tuple[str, ...] = ()
+    peers: Path = Path("peers.toml")
 
 
 class PerformanceSettings(Contract):
     """Speed only. ``device``: auto uses CUDA where there is one. ``autocast``: bfloat16 on CUDA.
 
-    ``engine``: how private gradients are made, Opacus's way or in one backward pass.
+    ``engine``: how private gradients are made, in one backward pass or Opacus's way.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     autocast: bool = False
     most_images: Annotated[int, Field(ge=1)] = 32
     threads: Annotated[int, Field(ge=1)] = 1
-    engine: Literal["opacus", "bookkeeping"] = "opacus"
+    engine: Literal["bookkeeping", "opacus"] = "bookkeeping"
 
 
 class SiteConfig(Contract):
@@ -124,6 +128,7 @@ def _absolute(config: SiteConfig, base: Path) -> SiteConfig:
                     "node_key": base / link.node_key,
                 }
             ),
+            "policy": config.policy.model_copy(update={"peers": base / config.policy.peers}),
             "data": data.model_copy(
                 update={"manifest": base / data.manifest, "root": base / data.root}
             ),

@@ -22,10 +22,12 @@ References:
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,9 @@ from torch import Tensor, nn
 from client.noise import Randomness
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Clipping = Literal["flat", "automatic"]
+#: What automatic clipping adds to every norm (the paper's gamma).
+STABILITY = 0.01
 
 
 class Batch(NamedTuple):
@@ -71,18 +76,47 @@ def trainable(net: nn.Module) -> list[nn.Parameter]:
 def add_noise(
     sums: Sequence[Tensor], *, noise_multiplier: float, max_grad_norm: float, randomness: Randomness
 ) -> list[Tensor]:
-    """Return the sums plus independent Gaussian noise of deviation multiplier times norm."""
+    """Return the sums plus independent Gaussian noise of deviation multiplier times norm.
+
+    Added in float64, then rounded to float32 and to a grid of about a millionth of the deviation,
+    so that no digit released is finer than the noise hides (``client.noise``).
+    """
     deviation = noise_multiplier * max_grad_norm
+    grid = 2.0 ** (math.frexp(deviation)[1] - 20)
+    # In float32 a number this large has no digits below the grid: adding and taking it rounds.
+    large = 1.5 * 2.0**23 * grid
     noisy = []
     for total in sums:
-        noise = torch.from_numpy(randomness.normal(total.numel()) * deviation)
-        noisy.append((total.double().cpu() + noise.view_as(total)).to(total))
+        noise = torch.from_numpy(randomness.normal(total.numel())).view_as(total)
+        exact = torch.add(total.cpu(), noise, alpha=deviation, out=noise)
+        noisy.append(exact.float().add_(large).sub_(large).to(total))
     return noisy
+
+
+def clip_factors(norms: Tensor, *, max_grad_norm: float, clipping: Clipping = "flat") -> Tensor:
+    """Return what each patient's gradient is multiplied by, given its norm; 0 where not finite.
+
+    ``automatic`` divides by a little more than the norm (Bu et al. 2023, Automatic clipping,
+    https://arxiv.org/abs/2206.07136), so that small gradients stay small. Either way no product is
+    over ``max_grad_norm``.
+    """
+    below = 1 - 2e-6  # so that rounding in float32 never lifts a scaled norm over the bound
+    if clipping == "automatic":
+        factors = below * max_grad_norm / (norms + STABILITY)
+    else:
+        factors = (max_grad_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
+        factors = torch.where(factors < 1, factors * below, factors)
+    return torch.where(norms.isfinite(), factors, torch.zeros_like(factors))
 
 
 @contextmanager
 def plain_engine(
-    net: nn.Module, loss: Loss, *, max_grad_norm: float | None = None, most_images: int = 32
+    net: nn.Module,
+    loss: Loss,
+    *,
+    max_grad_norm: float | None = None,
+    most_images: int = 32,
+    clipping: Clipping = "flat",
 ) -> Iterator[GradientOf]:
     """Yield gradients without clipping: training without privacy, by the same code path."""
     parameters = trainable(net)
@@ -101,7 +135,12 @@ def plain_engine(
 
 @contextmanager
 def opacus_engine(
-    net: nn.Module, loss: Loss, *, max_grad_norm: float | None, most_images: int = 32
+    net: nn.Module,
+    loss: Loss,
+    *,
+    max_grad_norm: float | None,
+    most_images: int = 32,
+    clipping: Clipping = "flat",
 ) -> Iterator[GradientOf]:
     """Yield sums of clipped patient gradients, from Opacus's per-image gradients.
 
@@ -131,7 +170,12 @@ def opacus_engine(
             raise ValueError(f"expected layers without buffers: {error}") from error
         try:
             yield lambda batch: _clipped_sums(
-                wrapped, net, loss, batch, max_grad_norm=max_grad_norm, most_images=most_images
+                wrapped,
+                net,
+                loss,
+                batch,
+                factors_of=partial(clip_factors, max_grad_norm=max_grad_norm, clipping=clipping),
+                most_images=most_images,
             )
         finally:
             wrapped.to_standard_module()
@@ -155,7 +199,7 @@ def _clipped_sums(
     loss: Loss,
     batch: Batch,
     *,
-    max_grad_norm: float,
+    factors_of: Callable[[Tensor], Tensor],
     most_images: int,
 ) -> Sums:
     parameters = trainable(net)
@@ -167,7 +211,8 @@ def _clipped_sums(
         per_patient = [
             _by_patient(_grad_sample(net, p), chunk.owner, chunk.num_patients) for p in parameters
         ]
-        factors = _clip_factors(per_patient, max_grad_norm)
+        norms = torch.stack([g.flatten(1).double().norm(dim=1) for g in per_patient]).norm(dim=0)
+        factors = factors_of(norms).to(per_patient[0])
         num_non_finite += int((factors == 0).sum())
         for kept, grads in zip(total, per_patient, strict=True):
             finite = torch.nan_to_num(grads, nan=0.0, posinf=0.0, neginf=0.0)
@@ -194,15 +239,6 @@ def _by_patient(per_image: Tensor, owner: Tensor, num_patients: int) -> Tensor:
     """Add up the images of each patient: (n, ...) to (patients, ...)."""
     sums = per_image.new_zeros((num_patients, *per_image.shape[1:]))
     return sums.index_add_(0, owner, per_image)
-
-
-def _clip_factors(per_patient: Sequence[Tensor], max_grad_norm: float) -> Tensor:
-    """Return what each patient's gradient is multiplied by: (patients,), 0 where not finite."""
-    norms = torch.stack([g.flatten(1).double().norm(dim=1) for g in per_patient]).norm(dim=0)
-    factors = (max_grad_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
-    # A hair below one, so that rounding in float32 never lifts a clipped norm over the bound.
-    factors = torch.where(factors < 1, factors * (1 - 1e-6), factors)
-    return torch.where(norms.isfinite(), factors, torch.zeros_like(factors)).to(per_patient[0])
 
 
 def _chunks(batch: Batch, most_images: int) -> Iterator[tuple[Batch, Tensor]]:

@@ -7,6 +7,7 @@ Guarantees:
     Under a plan with privacy terms the training loss never leaves, for it is not noised.
     A metric the site does not list never leaves, nor one over fewer patients than its minimum.
     A metric is named by the site's list and the plan's classes, by nothing else.
+    Under a plan with secure aggregation no update leaves without its mask.
 
 Design: the gate sees results only, not how they came about, and depends on nothing a study chooses
 but the plan itself. Any doubt is a refusal; what was wrong goes to the site's log, never out.
@@ -15,8 +16,11 @@ but the plan itself. Any doubt is a refusal; what was wrong goes to the site's l
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from client.config import SiteConfig
@@ -25,18 +29,32 @@ from shared_models.contracts import (
     Evaluation,
     PrivacyStatement,
     Refusal,
+    Reservation,
     RoundOrder,
     SiteReply,
 )
+from shared_models.masking import Masked
 from shared_models.plan import StudyPlan
-from shared_models.privacy import COVERS, DOES_NOT_COVER
-from shared_models.weights import Array, Schema, Weights
+from shared_models.privacy import sentences_for
+from shared_models.weights import Schema, Weights
+from shared_models.wire import Vector
 
 log = logging.getLogger(__name__)
 
 
+class Refused(Exception):
+    """This site will not obey; ``code`` is from the contracts' closed list."""
+
+    def __init__(self, code: str, why: str) -> None:
+        self.code = code
+        super().__init__(why)
+
+
 class Result(NamedTuple):
-    """What a round gave, still inside the hospital."""
+    """What a round gave, still inside the hospital.
+
+    ``charge`` is its line in the ledger; ``mask`` hides the update under secure aggregation.
+    """
 
     num_patients: int
     seconds: float
@@ -44,20 +62,32 @@ class Result(NamedTuple):
     update: Weights | None = None
     evaluation: Evaluation | None = None
     privacy: PrivacyStatement | None = None
+    charge: Reservation | None = None
+    mask: Callable[[NDArray[np.floating]], Masked] | None = None
 
 
 def pass_out(
     result: Result, *, order: RoundOrder, plan: StudyPlan, site: SiteConfig, schema: Schema
-) -> tuple[SiteReply, Array | None] | Refusal:
-    """Return the reply to ``order`` and the update's vector, or a refusal."""
+) -> tuple[SiteReply, Vector | None] | Refusal:
+    """Return the reply to ``order`` and the update's vector, or a refusal.
+
+    A masked update is times ``num_patients`` first, so that a sum over sites is that of patients.
+    """
     objections = _objections(result, order=order, plan=plan, site=site, schema=schema)
     if objections:
         for objection in objections:
             log.error("gate: %s", objection)
         return refusal(order, "gate")
-    vector = None if result.update is None else weights_of.flatten(result.update)
+    vector: Vector | None = None
     try:
+        if result.update is not None:
+            vector = weights_of.flatten(result.update)
+            if result.mask is not None:
+                vector = result.mask(result.num_patients * vector.astype(np.float64))
         return _reply(result, vector, order=order, plan=plan, site=site), vector
+    except OverflowError:
+        log.error("gate: a number too large to be masked")
+        return refusal(order, "gate")
     except ValidationError:
         log.error("gate: a number or a name that no reply may hold")
         return refusal(order, "gate")
@@ -77,7 +107,7 @@ def refusal(order: RoundOrder, code: str) -> Refusal:
 
 
 def _reply(
-    result: Result, vector: Array | None, *, order: RoundOrder, plan: StudyPlan, site: SiteConfig
+    result: Result, vector: Vector | None, *, order: RoundOrder, plan: StudyPlan, site: SiteConfig
 ) -> SiteReply:
     """Make the reply from plain values, so that every one of them is checked once more."""
     evaluation, privacy = _redacted(result.evaluation, plan, site), result.privacy
@@ -90,6 +120,7 @@ def _reply(
             "num_patients": result.num_patients,
             "train_loss": None if result.train_loss is None else round(result.train_loss, 4),
             "update_digest": None if vector is None else weights_of.digest(vector),
+            "is_masked": vector is not None and result.mask is not None,
             "evaluation": None if evaluation is None else evaluation.model_dump(warnings=False),
             "privacy": None if privacy is None else privacy.model_dump(warnings=False),
             "seconds": round(result.seconds, 2),
@@ -105,7 +136,14 @@ def _objections(
     if (result.update is not None) != (order.kind == "train"):
         found.append("an update leaves with an order to train, and only then")
     if result.update is not None:
-        found += _update_objections(result.update, schema, site.policy.max_update_mb)
+        found += _update_objections(
+            result.update,
+            schema,
+            site.policy.max_update_mb,
+            is_masked=result.mask is not None,
+        )
+        if (result.mask is not None) != plan.rounds.secure_aggregation:
+            found.append("an update is masked under secure aggregation, and only then")
     if plan.privacy is not None and result.train_loss is not None:
         found.append("the plan is private but the training loss is not noised")
     if is_trained and plan.privacy is not None and result.privacy is None:
@@ -121,13 +159,16 @@ def _objections(
     return found
 
 
-def _update_objections(update: Weights, schema: Schema, max_mb: float) -> list[str]:
+def _update_objections(
+    update: Weights, schema: Schema, max_mb: float, *, is_masked: bool
+) -> list[str]:
     if weights_of.schema_of(update) != schema:
         return ["the update's names or shapes are not those of the plan's net"]
     if any(value.dtype.name != "float32" for value in update.values()):
         return ["the update is not float32"]
     found = []
-    if weights_of.size_of(schema) * 4 > max_mb * 2**20:
+    bytes_each = 8 if is_masked else 4
+    if weights_of.size_of(schema) * bytes_each > max_mb * 2**20:
         found.append(f"the update is over the site's {max_mb:g} MB")
     if not all(weights_of.is_finite(value.ravel()) for value in update.values()):
         found.append("the update holds a number that is not finite")
@@ -135,7 +176,7 @@ def _update_objections(update: Weights, schema: Schema, max_mb: float) -> list[s
 
 
 def _is_ours(privacy: PrivacyStatement) -> bool:
-    return (privacy.covers, privacy.does_not_cover) == (COVERS, DOES_NOT_COVER)
+    return (privacy.covers, privacy.does_not_cover) == sentences_for(privacy.noise_shares)
 
 
 def _redacted(

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import date
 
+from client import peers
 from client.config import SiteConfig
 from shared_models.catalogue import objections
-from shared_models.plan import StudyPlan, planned_events
+from shared_models.plan import StudyPlan, fewest_honest, planned_events
 from shared_models.privacy import epsilon
 
 Rule = Callable[[StudyPlan, SiteConfig], str | None]
@@ -97,6 +98,20 @@ def allows_delta(plan: StudyPlan, site: SiteConfig) -> str | None:
     )
 
 
+def knows_peers(plan: StudyPlan, site: SiteConfig) -> str | None:
+    """Secure aggregation hides an update only among sites this one trusts, by key."""
+    if not plan.rounds.secure_aggregation:
+        return None
+    known = peers.read(site.policy.peers).keys() & {*plan.sites} - {site.name}
+    if len(known) + 1 >= fewest_honest(plan):
+        return None
+    return (
+        f"rounds.secure_aggregation: this site trusts {len(known)} of the plan's other sites, "
+        f"it must hide among {fewest_honest(plan) - 1}; compare their keys and add them with "
+        "consilia-site trust"
+    )
+
+
 RULES: tuple[Rule, ...] = (
     is_invited,
     knows_coordinator,
@@ -107,6 +122,7 @@ RULES: tuple[Rule, ...] = (
     demands_privacy,
     allows_epsilon,
     allows_delta,
+    knows_peers,
 )
 
 

@@ -14,8 +14,11 @@ from shared_models import plan as plans
 from shared_models.contracts import Approval, Countersignature
 from shared_models.errors import DocumentError
 from shared_models.files import replace
+from shared_models.masking import create_mask_key, load_mask_key, public_mask_key
 from shared_models.plan import SignedPlan, StudyPlan
 from shared_models.signing import digest, is_signed_by, public_key, sign
+
+MASK_KEY = "mask.key"
 
 
 def objections(signed: SignedPlan, site: SiteConfig, *, today: date) -> list[str]:
@@ -34,16 +37,15 @@ def approve(
     Raises:
         pydantic.ValidationError: if ``who`` is empty or too long.
     """
+    study = digest(signed.plan)
     approval = Approval(
-        study=digest(signed.plan),
-        site=site.name,
-        decision="approved",
-        who=who,
-        when=datetime.now(UTC),
+        study=study, site=site.name, decision="approved", who=who, when=datetime.now(UTC)
     )
-    countersignature = Countersignature(approval=approval, signature=sign(approval, key=key))
-    folder = _folder(site, approval.study)
+    folder = folder_of(site, study)  # nothing is made before ``who`` is found to be in order
     folder.mkdir(parents=True, exist_ok=True)
+    if signed.plan.rounds.secure_aggregation:
+        approval = approval.model_copy(update={"mask_key": _mask_key(folder)})
+    countersignature = Countersignature(approval=approval, signature=sign(approval, key=key))
     replace(folder / "plan.toml", plans.render(signed.plan, signed.signature).encode())
     replace(folder / "approval.json", countersignature.model_dump_json(indent=2).encode())
     return countersignature
@@ -51,7 +53,7 @@ def approve(
 
 def approved(study: str, site: SiteConfig, *, key: Ed25519PrivateKey) -> StudyPlan | None:
     """Return the plan of that digest if this site approved it with its own key, else nothing."""
-    folder = _folder(site, study)
+    folder = folder_of(site, study)
     try:
         signed = plans.read(folder / "plan.toml")
         found = Countersignature.model_validate_json((folder / "approval.json").read_bytes())
@@ -65,5 +67,12 @@ def approved(study: str, site: SiteConfig, *, key: Ed25519PrivateKey) -> StudyPl
     return None
 
 
-def _folder(site: SiteConfig, study: str) -> Path:
+def folder_of(site: SiteConfig, study: str) -> Path:
+    """Return where this site keeps what belongs to the study of that digest."""
     return site.state_dir / "studies" / study
+
+
+def _mask_key(folder: Path) -> str:
+    """Return the public half of the study's masking key, made at the first approval."""
+    file = folder / MASK_KEY
+    return public_mask_key(load_mask_key(file) if file.exists() else create_mask_key(file))

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from math import cos, pi
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from client.adam import AdamCorrected
 from client.bookkeeping import bookkeeping_engine
 from client.dp import (
     Batch,
@@ -47,11 +49,11 @@ class Performance(NamedTuple):
     device: str = "cpu"
     autocast: bool = False
     most_images: int = 32
-    engine: str = "opacus"
+    engine: str = "bookkeeping"
 
 
 class Trained(NamedTuple):
-    """The mean loss over the steps, and how many patients' gradients were not finite."""
+    """The mean loss over the last round's steps, and how many patients were not finite."""
 
     loss: float
     num_non_finite: int
@@ -63,28 +65,48 @@ def train(
     *,
     plan: StudyPlan,
     task: Task,
-    round_: int,
+    rounds: Sequence[int],
     randomness: Randomness,
     performance: Performance,
+    noise_multiplier: float = 0.0,
 ) -> Trained:
-    """Train ``net`` in place for one round of ``plan``, with an optimizer made anew.
+    """Train ``net`` in place for some rounds of ``plan`` on end, with one optimizer made anew.
+
+    Args:
+        net: as it was sent.
+        patients: to train on.
+        plan: its training and privacy terms are used.
+        task: gives the loss.
+        rounds: decide the learning rates; one round together, all of them when training alone.
+        randomness: of draws, views and noise.
+        performance: how fast.
+        noise_multiplier: what this site adds by itself, the plan's or its share of it.
 
     Guarantees:
         Under privacy terms a buffer that training changed stops the round: nothing noised it.
 
     Raises:
-        ValueError: if a buffer changed under privacy terms, or the engine refuses the net.
+        ValueError: if a buffer changed under privacy terms, the engine refuses the net, or a plan
+            with privacy terms is given no noise.
     """
+    if (plan.privacy is not None) != (noise_multiplier > 0):
+        raise ValueError("expected noise under privacy terms, and only then")
     net.to(performance.device).train()
+    freeze(net, plan.training.frozen)
     buffers = {name: value.clone() for name, value in net.named_buffers()}
-    optimizer = _optimizer(net, plan.training, learning_rate(plan.training, round_))
-    anchor = [p.detach().clone() for p in trainable(net)]
-    losses, num_non_finite = [], 0
+    optimizer = _optimizer(net, plan, noise_multiplier, len(patients))
+    losses, num_non_finite = list[float](), 0
     with _engine(net, task, plan.privacy, performance) as gradient_of:
-        for _ in range(plan.training.steps_per_round):
+        for round_, step in product(rounds, range(plan.training.steps_per_round)):
+            if step == 0:
+                losses = []
+                anchor = [p.detach().clone() for p in trainable(net)]
+                optimizer.param_groups[0]["lr"] = learning_rate(plan.training, round_)
             batch = draw(patients, terms=plan.training, randomness=randomness)
             sums = gradient_of(_moved(batch, performance.device))
-            gradients = _mean(sums.gradients, batch, plan, len(patients), randomness)
+            gradients = _mean(
+                sums.gradients, batch, plan, len(patients), noise_multiplier, randomness
+            )
             _step(net, optimizer, gradients, anchor, plan.training.proximal_mu)
             num_non_finite += sums.num_non_finite
             if batch.num_patients:
@@ -116,6 +138,8 @@ def learning_rate(terms: Training, round_: int) -> float:
 def draw(patients: Sequence[Patient], *, terms: Training, randomness: Randomness) -> Batch:
     """Draw each patient with probability ``sample_rate``, and at most the cap of their images.
 
+    An image drawn enters as ``views`` of it; the patient's gradient is the mean over them all.
+
     Guarantees:
         Patients are drawn independently of each other.
         No patient gives more images than images_per_patient.
@@ -125,16 +149,38 @@ def draw(patients: Sequence[Patient], *, terms: Training, randomness: Randomness
     for position, index in enumerate(drawn.tolist()):
         patient = patients[index]
         order = np.argsort(randomness.uniform(len(patient.images)))[: terms.images_per_patient]
-        images.append(patient.images[order])
-        targets.append(patient.targets[order])
-        owner.extend([position] * len(order))
+        for number in np.repeat(order, terms.views).tolist():
+            image, target = _view(patient, number, terms, randomness)
+            images.append(image)
+            targets.append(target)
+            owner.append(position)
     if not images:
         return Batch(patients[0].images[:0], patients[0].targets[:0], torch.zeros(0).long(), 0)
-    stacked, truth = torch.cat(images), torch.cat(targets)
+    return Batch(torch.stack(images), torch.stack(targets), torch.tensor(owner), len(drawn))
+
+
+def freeze(net: nn.Module, frozen: Sequence[str]) -> None:
+    """Train only the parameters whose names begin with none of ``frozen``."""
+    for name, parameter in net.named_parameters():
+        if name.startswith(tuple(frozen)):
+            parameter.requires_grad_(False)
+
+
+def _view(
+    patient: Patient, number: int, terms: Training, randomness: Randomness
+) -> tuple[Tensor, Tensor]:
+    """Return an image (channel, [z,] y, x) and its target, changed at random as the plan says."""
+    image, target = patient.images[number], patient.targets[number]
+    is_map = target.ndim > 0
     if terms.flips and randomness.uniform(1)[0] < 0.5:
-        stacked = stacked.flip(-1)
-        truth = truth.flip(-1) if truth.ndim > 1 else truth
-    return Batch(stacked, truth, torch.tensor(owner), len(drawn))
+        image, target = image.flip(-1), target.flip(-1) if is_map else target
+    if terms.shift:
+        axes = tuple(range(1 - image.ndim, 0))
+        by = randomness.uniform(len(axes)) * (2 * terms.shift + 1) // 1 - terms.shift
+        steps = tuple(int(step) for step in by)
+        image = image.roll(steps, axes)
+        target = target.roll(steps, axes) if is_map else target
+    return image, target
 
 
 @contextmanager
@@ -145,9 +191,13 @@ def _engine(
         return task.loss(outputs.float(), targets)
 
     engine = plain_engine if privacy is None else ENGINES[performance.engine]
-    norm = None if privacy is None else privacy.max_grad_norm
+    terms: dict[str, Any] = (
+        {}
+        if privacy is None
+        else {"max_grad_norm": privacy.max_grad_norm, "clipping": privacy.clipping}
+    )
     kind = torch.device(performance.device).type
-    with engine(net, loss, max_grad_norm=norm, most_images=performance.most_images) as gradient_of:
+    with engine(net, loss, most_images=performance.most_images, **terms) as gradient_of:
 
         def in_precision(batch: Batch) -> Sums:
             # Opened anew for each step: autocast keeps its copies of the weights until it closes.
@@ -158,14 +208,19 @@ def _engine(
 
 
 def _mean(
-    sums: list[Tensor], batch: Batch, plan: StudyPlan, num_patients: int, randomness: Randomness
+    sums: list[Tensor],
+    batch: Batch,
+    plan: StudyPlan,
+    num_patients: int,
+    noise_multiplier: float,
+    randomness: Randomness,
 ) -> list[Tensor]:
     """Return the gradient to step along: noisy and over the expected batch, if private."""
     if plan.privacy is None:
         return [total / max(batch.num_patients, 1) for total in sums]
     noisy = add_noise(
         sums,
-        noise_multiplier=plan.privacy.noise_multiplier,
+        noise_multiplier=noise_multiplier,
         max_grad_norm=plan.privacy.max_grad_norm,
         randomness=randomness,
     )
@@ -188,12 +243,21 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
 
 
-def _optimizer(net: nn.Module, terms: Training, rate: float) -> torch.optim.Optimizer:
+def _optimizer(
+    net: nn.Module, plan: StudyPlan, noise_multiplier: float, num_patients: int
+) -> torch.optim.Optimizer:
+    terms, parameters = plan.training, trainable(net)
+    rate = terms.learning_rate
     if terms.optimizer == "sgd":
         return torch.optim.SGD(
-            trainable(net), lr=rate, momentum=terms.momentum, weight_decay=terms.weight_decay
+            parameters, lr=rate, momentum=terms.momentum, weight_decay=terms.weight_decay
         )
-    return torch.optim.AdamW(trainable(net), lr=rate, weight_decay=terms.weight_decay)
+    if terms.optimizer == "adam-bc" and plan.privacy is not None:
+        deviation = noise_multiplier * plan.privacy.max_grad_norm
+        return AdamCorrected(
+            parameters, lr=rate, deviation=deviation / (terms.sample_rate * num_patients)
+        )
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=terms.weight_decay)
 
 
 def _moved(batch: Batch, device: str) -> Batch:

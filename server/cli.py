@@ -81,6 +81,9 @@ def simulate(
     validation_root: Annotated[
         Path | None, typer.Option(help="What the manifest's paths are relative to.")
     ] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="The warm start the plan states (safetensors).")
+    ] = None,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
@@ -101,6 +104,7 @@ def simulate(
         target,
         validation_manifest=validation,
         validation_root=validation_root,
+        start=start,
     )
     _finish(found, target, as_json=as_json)
 
@@ -118,6 +122,30 @@ def check(plan: PlanFile, as_json: AsJson = False) -> None:
             print(f"- {objection}")
         print(f"{len(found)} objections" if found else "no objection: the plan can be proposed")
     raise typer.Exit(1 if found else 0)
+
+
+@app.command()
+def start(
+    plan: PlanFile,
+    manifest: Annotated[Path, typer.Option(help="CSV of images you may use: no site's patients.")],
+    root: Annotated[Path, typer.Option(help="What the manifest's paths are relative to.")],
+    out: Annotated[Path, typer.Option(help="The folder to put start.safetensors into.")],
+    steps: Annotated[int, typer.Option(min=1, help="Steps of AdamW.")] = 200,
+    learning_rate: Annotated[float, typer.Option(help="Falls to 0 along a cosine.")] = 0.006,
+    batch_size: Annotated[int, typer.Option(min=1, help="Patients in a step.")] = 48,
+) -> None:
+    """Train a warm start, without privacy, on images of your own; state it in an unsigned plan."""
+    from server.start import FILE, StartTerms, warmed
+    from shared_models import plan as plans
+    from shared_models.files import replace
+
+    if (out / FILE).exists():
+        raise ConsiliaError(f"{out / FILE} exists; choose another --out")
+    terms = StartTerms(steps=steps, learning_rate=learning_rate, batch_size=batch_size)
+    stated, number = warmed(plans.read(plan).plan, manifest, root=root, run_dir=out, terms=terms)
+    replace(plan, plans.render(stated).encode())
+    print(f"trained on {number} patients, whom no epsilon covers: {out / FILE}")
+    print(f"the plan states it as start = {stated.start}; sign the plan now")
 
 
 @app.command()

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from server import link, recipes, report, store
+from server import link, recipes, report, start, store
 from server.consortium import TlsFiles, certificates
 from server.hospitals import DataSet, adopt, join, write_manifests
 from shared_models import phantoms
@@ -35,6 +35,11 @@ PHANTOM_NOTE = "The images are phantoms made for this demonstration; no patient 
 ONE_MACHINE_NOTE = (
     "Demonstration: all hospitals ran as processes on one machine, and the coordinator saw the "
     "manifests it handed out to them."
+)
+START_NOTE = (
+    "The model began from weights trained without privacy on {number} patients of the "
+    "coordinator's own, as if it might use their images; no epsilon covers them, and none of them "
+    "validated it."
 )
 
 
@@ -146,7 +151,13 @@ def _prepared(options: Options, data: DataSet | None, progress: Progress) -> Off
     tls = certificates(folder / "tls", hosts=["127.0.0.1", "localhost"])
     port = link.free_port()
     site_dirs = {site: out / "sites" / site for site in data.sites}
-    write_manifests(data, site_dirs=site_dirs, validation=folder / "validation.csv")
+    terms = recipes.start_terms(data, task=options.task, epsilon=options.epsilon)
+    write_manifests(
+        data,
+        site_dirs=site_dirs,
+        validation=folder / "validation.csv",
+        start=None if terms is None else folder / "start.csv",
+    )
     plan = recipes.plan_for(
         data,
         name=f"demo-{options.task}",
@@ -156,15 +167,24 @@ def _prepared(options: Options, data: DataSet | None, progress: Progress) -> Off
         epsilon=options.epsilon,
         num_rounds=options.num_rounds,
     )
+    notes = [ONE_MACHINE_NOTE] + [PHANTOM_NOTE] * (options.data is None)
+    if terms is not None:
+        progress.stage("a warm start on the coordinator's own images")
+        plan, number = start.warmed(
+            plan, folder / "start.csv", root=data.root, run_dir=out, terms=terms
+        )
+        notes.append(START_NOTE.format(number=number))
     identities = _init_sites(options, data, site_dirs, tls, port, public_key(key))
     (out / "plan.toml").write_text(plans.render(plan, sign(plan, key=key)), encoding="utf-8")
-    store.write_settings(out, _settings(options, data, folder, identities))
+    store.write_settings(out, _settings(options, data, folder, identities, notes))
     return Office(folder, plan, tls, port, site_dirs, identities)
 
 
 def _conduct(out: Path, office: Office, progress: Progress, stack: ExitStack) -> None:
     """Start everything, run the study, and leave the stopping to ``stack``."""
     progress.stage("starting the SuperLink; hospitals judge and approve the plan")
+    if office.plan.rounds.secure_aggregation:
+        _introduce(office.site_dirs, office.identities)
     approvals = _start_approvals(out, office.site_dirs)
     log_file = office.folder / "superlink.log"
     superlink = stack.enter_context(
@@ -213,7 +233,11 @@ def _init_sites(
 
 
 def _settings(
-    options: Options, data: DataSet, office: Path, identities: Mapping[str, Mapping[str, str]]
+    options: Options,
+    data: DataSet,
+    office: Path,
+    identities: Mapping[str, Mapping[str, str]],
+    notes: Sequence[str],
 ) -> store.RunSettings:
     is_phantom = options.data is None
     return store.RunSettings(
@@ -225,8 +249,18 @@ def _settings(
         validation_manifest=(office / "validation.csv").resolve(),
         validation_root=data.root,
         data=f"phantoms, seed {options.seed}" if is_phantom else f"the data set {data.root.name}",
-        notes=(ONE_MACHINE_NOTE, PHANTOM_NOTE) if is_phantom else (ONE_MACHINE_NOTE,),
+        notes=tuple(notes),
     )
+
+
+def _introduce(site_dirs: Mapping[str, Path], identities: Mapping[str, Mapping[str, str]]) -> None:
+    """Let each hospital trust the others, which people do after comparing keys by phone."""
+    started = {}
+    for site, folder in site_dirs.items():
+        pairs = [f"{name}={found['signing']}" for name, found in identities.items() if name != site]
+        started[site] = _site(["trust", *pairs, "--config", str(folder / "site.toml")])
+    for site, process in started.items():
+        _finished(process, site)
 
 
 def _start_approvals(out: Path, site_dirs: Mapping[str, Path]) -> dict[str, subprocess.Popen[str]]:

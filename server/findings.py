@@ -126,10 +126,21 @@ def privacy_sentence(report: StudyReport) -> str:
             "The study was to be differentially private, but no hospital's privacy statement is in"
             " this report, so nothing can be claimed."
         )
+    is_sum = weakest.noise_shares > 1
+    what = (
+        "The sum of what the hospitals sent, which is all that the coordinator saw,"
+        if is_sum
+        else "What the hospitals sent"
+    )
+    rests = (
+        f" It holds as long as {weakest.noise_shares} of them keep their share of the noise to"
+        " themselves."
+    )
     return (
-        "What the hospitals sent is differentially private for every patient: epsilon is at most"
+        f"{what} is differentially private for every patient: epsilon is at most"
         f" {measures.upward(weakest.epsilon, places=2)} per {weakest.unit} at delta"
         f" {measures.plain(weakest.delta)}, as counted by {weakest.accountant}."
+        f"{rests if is_sum else ''}"
     )
 
 

@@ -95,14 +95,24 @@ def adopt(data_dir: Path, *, task: str, classes: Sequence[str] = ()) -> DataSet:
     return DataSet(data_dir.resolve(), rows, tuple(classes) or found)
 
 
-def write_manifests(data: DataSet, *, site_dirs: Mapping[str, Path], validation: Path) -> None:
-    """Write each site's ``manifest.csv`` (train and test) and the coordinator's (val)."""
+def write_manifests(
+    data: DataSet, *, site_dirs: Mapping[str, Path], validation: Path, start: Path | None = None
+) -> None:
+    """Write each site's ``manifest.csv`` (train and test) and the coordinator's (val).
+
+    Where there is to be a warm start, every other of the coordinator's patients is for that.
+    """
     for site, folder in site_dirs.items():
         _write(
             folder / "manifest.csv",
             [r for r in data.rows if r["site"] == site and r["split"] != "val"],
         )
-    _write(validation, [r for r in data.rows if r["split"] == "val"])
+    own = [r for r in data.rows if r["split"] == "val"]
+    for_start = set[tuple[str, str]]()
+    if start is not None:
+        for_start = set(sorted({(r["site"], r["patient"]) for r in own})[::2])
+        _write(start, [r for r in own if (r["site"], r["patient"]) in for_start])
+    _write(validation, [r for r in own if (r["site"], r["patient"]) not in for_start])
 
 
 def _write(file: Path, rows: Sequence[Mapping[str, str]]) -> None:

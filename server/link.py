@@ -120,7 +120,7 @@ class SuperLink(NamedTuple):
             RunError: if the SuperLink refuses.
         """
         key = _pem(public_key_line)
-        listed = self._call(self.client.ListNodes, ListNodesRequest()).nodes_info
+        listed = self._asked(self.client.ListNodes, ListNodesRequest()).nodes_info
         known: list[int] = [node.node_id for node in listed if node.public_key == key]
         if known:
             return known[0]
@@ -147,7 +147,7 @@ class SuperLink(NamedTuple):
             MachineError: if the SuperLink has died.
             RunError: if there is no such run.
         """
-        runs = self._call(self.client.ListRuns, ListRunsRequest(run_id=run_id)).run_dict
+        runs = self._asked(self.client.ListRuns, ListRunsRequest(run_id=run_id)).run_dict
         if run_id not in runs:
             raise RunError(f"the SuperLink knows no run {run_id}")
         state = runs[run_id].status
@@ -160,6 +160,15 @@ class SuperLink(NamedTuple):
         except RunError as error:
             log.debug("run %d was not stopped: %s", run_id, error)
             return False
+
+    def _asked(self, method: Callable[[Request], Result], request: Request) -> Result:
+        """Call what changes nothing: once more, if an idle connection was closed just then."""
+        try:
+            return self._call(method, request)
+        except MachineError as error:
+            if not isinstance(error.__cause__, httpx.RemoteProtocolError):
+                raise
+            return self._call(method, request)
 
     def _call(self, method: Callable[[Request], Result], request: Request) -> Result:
         try:

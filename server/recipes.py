@@ -2,6 +2,7 @@
 
 A recipe is an unfinished plan. Sites, classes, seed, dates and the noise that meets the epsilon
 asked for are filled in here; under privacy, ``[private.*]`` tables replace those of their names.
+``[private.start]`` says how to train a warm start, which is then up to ``server.start``.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from server.hospitals import DataSet
+from server.start import StartTerms
 from shared_models.errors import ConsiliaError
-from shared_models.plan import StudyPlan, Training
+from shared_models.plan import StudyPlan, planned_events
 from shared_models.privacy import calibrate
 from shared_models.volume import NIFTI, PICTURES
 
@@ -34,8 +36,11 @@ def plan_for(
     epsilon: float | None,
     num_rounds: int | None = None,
     deadline_s: float = 600.0,
+    compare_alone: bool = True,
 ) -> StudyPlan:
     """Return an unsigned plan for ``data``; ``epsilon`` None means without privacy.
+
+    Comparing with training alone costs as much privacy as training together.
 
     Raises:
         ConsiliaError: if there is no recipe, naming those there are, or epsilon cannot be met.
@@ -43,12 +48,21 @@ def plan_for(
     recipe = _recipe(task, kind_of(data))
     private = recipe.pop("private")
     if epsilon is not None:
-        recipe |= {table: content for table, content in private.items() if table != "privacy"}
+        recipe |= {t: content for t, content in private.items() if t not in ("privacy", "start")}
     if num_rounds is not None:
         recipe["training"]["num_rounds"] = num_rounds
     recipe["task"]["params"] = {"classes": list(data.classes), **recipe["task"].get("params", {})}
-    training = Training.model_validate(recipe["training"])
-    return StudyPlan.model_validate(
+    is_split = recipe.get("rounds", {}).get("secure_aggregation", False)
+    terms = None
+    if epsilon is not None:
+        terms = {
+            **private["privacy"],
+            "epsilon": epsilon,
+            "delta": delta_for(data),
+            "noise_multiplier": 1.0,
+            "noise_shares": max(1, len(data.sites) - 1) if is_split else 1,  # one may tell its own
+        }
+    plan = StudyPlan.model_validate(
         {
             **recipe,
             "name": name,
@@ -58,12 +72,44 @@ def plan_for(
             "expires": (datetime.now(UTC) + timedelta(days=VALID_DAYS)).date(),
             "seed": seed,
             "min_patients": 10,
-            "compare_alone": True,
-            "strategy": {"name": "fedavg"},
-            "rounds": {"quorum": len(data.sites), "deadline_s": deadline_s},
-            "privacy": _privacy(data, training, private["privacy"], epsilon),
+            "compare_alone": compare_alone,
+            "strategy": recipe.get("strategy", {"name": "fedavg"}),
+            "rounds": {
+                **recipe.get("rounds", {}),
+                "quorum": len(data.sites),
+                "deadline_s": deadline_s,
+            },
+            "privacy": terms,
         }
     )
+    return calibrated(plan)
+
+
+def calibrated(plan: StudyPlan) -> StudyPlan:
+    """Return ``plan`` with the noise with which all it does meets the epsilon it states.
+
+    Raises:
+        ConsiliaError: if no noise is enough.
+    """
+    if plan.privacy is None:
+        return plan
+    try:
+        noise_multiplier = calibrate(
+            epsilon_target=plan.privacy.epsilon,
+            delta=plan.privacy.delta,
+            sample_rate=plan.training.sample_rate,
+            steps=sum(event.steps for event in planned_events(plan)),
+        )
+    except ValueError as error:
+        raise ConsiliaError(f"--epsilon: {error}; ask for more, or plan fewer --rounds") from error
+    terms = plan.privacy.model_copy(update={"noise_multiplier": noise_multiplier})
+    return plan.model_copy(update={"privacy": terms})
+
+
+def start_terms(data: DataSet, *, task: str, epsilon: float | None) -> StartTerms | None:
+    """Return how to train a warm start, if the recipe for ``data`` wants one."""
+    terms = _recipe(task, kind_of(data))["private"].get("start")
+    return None if terms is None or epsilon is None else StartTerms.model_validate(terms)
 
 
 def check_task(task: str) -> None:
@@ -86,28 +132,10 @@ def kind_of(data: DataSet) -> str:
 
 
 def delta_for(data: DataSet) -> float:
-    """Return 1 / (10 N) for the largest training set, one in a thousand at most, rounded down."""
-    exact = min(1 / (10 * max(data.training_patients().values())), MOST_DELTA)
+    """Return 1 / (10 N) for all N training patients, one in a thousand at most, rounded down."""
+    exact = min(1 / (10 * sum(data.training_patients().values())), MOST_DELTA)
     scale = 10.0 ** math.floor(math.log10(exact))
     return float(f"{math.floor(exact / scale) * scale:.0e}")
-
-
-def _privacy(
-    data: DataSet, training: Training, terms: dict[str, Any], epsilon: float | None
-) -> dict[str, Any] | None:
-    if epsilon is None:
-        return None
-    delta = delta_for(data)
-    try:
-        noise_multiplier = calibrate(
-            epsilon_target=epsilon,
-            delta=delta,
-            sample_rate=training.sample_rate,
-            steps=2 * training.num_rounds * training.steps_per_round,  # alone costs as much again
-        )
-    except ValueError as error:
-        raise ConsiliaError(f"--epsilon: {error}; ask for more, or plan fewer --rounds") from error
-    return {**terms, "epsilon": epsilon, "delta": delta, "noise_multiplier": noise_multiplier}
 
 
 def _recipe(task: str, kind: str) -> dict[str, Any]:

@@ -4,6 +4,9 @@
 (``server.link``), plain functions in a simulation (``server.simulate``). Answers are taken in the
 order of the sites' names, so the same answers give the same model bit for bit; each update is added
 up and dropped before the next is fetched, so memory does not grow with the number of sites.
+
+Under secure aggregation the masked updates are added up before anything can be read, and become one
+update of all sites together. If a site is missing, the round is asked again of the others.
 """
 
 from __future__ import annotations
@@ -11,11 +14,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from typing import NamedTuple
 
+import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from shared_models.contracts import (
+    Countersignature,
     Evaluation,
     OrderKind,
     Refusal,
@@ -25,10 +31,19 @@ from shared_models.contracts import (
     SiteReply,
 )
 from shared_models.errors import ConsiliaError, RunError
+from shared_models.masking import opened
 from shared_models.plan import StudyPlan
 from shared_models.signing import digest as digest_of
-from shared_models.weights import Array, Weights, digest, flatten, is_finite, schema_of, unflatten
-from shared_models.wire import Letter, seal, to_buckets, unseal
+from shared_models.weights import (
+    Weights,
+    digest,
+    flatten,
+    is_finite,
+    schema_of,
+    size_of,
+    unflatten,
+)
+from shared_models.wire import Letter, Vector, seal, to_buckets, unseal
 from strategies.base import State, Strategy, Update
 
 #: (letters by site, deadline_s) to (site, answer or None), in the order of the sites' names.
@@ -39,26 +54,56 @@ MOST_PATIENTS = 10_000_000
 
 
 class Consortium(NamedTuple):
-    """Who takes part: the coordinator's key, and the sites' public signing keys by name."""
+    """Who takes part: the coordinator's key, and by name the sites' public signing keys.
+
+    ``approvals`` are their countersignatures, which secure aggregation hands on to their peers.
+    """
 
     key: Ed25519PrivateKey
     sites: Mapping[str, str]
+    approvals: Mapping[str, Countersignature] = {}
 
 
 class Answer(NamedTuple):
-    """One site's checked answer: a reply with its update, or a refusal."""
+    """One site's checked answer: a reply with its update's vector, masked or not, or a refusal."""
 
     said: SiteReply | Refusal
-    update: Update | None
+    vector: Vector | None
     size_bytes: int
 
 
+class Tally:
+    """What was sent and answered in one round, without the updates."""
+
+    def __init__(self) -> None:
+        self.answers = list[Answer]()
+        self.sent_bytes = 0
+        self.received_bytes = 0
+
+    def sent(self, orders: Mapping[str, Letter]) -> None:
+        """Count orders that go out."""
+        self.sent_bytes += sum(letter.size_bytes for letter in orders.values())
+
+    def add(self, answer: Answer) -> None:
+        """Note an answer."""
+        self.answers.append(answer._replace(vector=None))
+        self.received_bytes += answer.size_bytes
+
+    def forget_replies(self) -> None:
+        """Keep only the refusals: the round is asked again of the sites that replied."""
+        self.answers = [a for a in self.answers if isinstance(a.said, Refusal)]
+
+
 class Round(NamedTuple):
-    """What a round left: the record for the run directory and the new weights and state."""
+    """What a round left: the record for the run directory, the new weights and state.
+
+    ``released`` are the weights to validate and release: the new ones, or the plan's average.
+    """
 
     record: RoundRecord
     weights: Weights
     state: State
+    released: Weights
 
 
 def run(
@@ -75,14 +120,27 @@ def run(
     Raises:
         RunError: if a round does not reach the plan's quorum; it names each site and its reason.
     """
-    state = strategy.init(weights)
+    state, average = strategy.init(weights), weights
     for round_ in range(plan.training.num_rounds):
         result = train_round(
             plan, weights, ask, round_=round_, consortium=consortium, strategy=strategy, state=state
         )
-        record = result.record.model_copy(update={"validation": validate(result.weights)})
         weights, state = result.weights, result.state
-        yield Round(record, weights, state)
+        average = averaged(average, weights, decay=plan.rounds.averaging, round_=round_)
+        validation = validate(average)
+        digest_ = digest(flatten(average))
+        record = result.record.model_copy(
+            update={"validation": validation, "weights_digest": digest_}
+        )
+        yield result._replace(record=record, released=average)
+
+
+def averaged(average: Weights, weights: Weights, *, decay: float, round_: int) -> Weights:
+    """Return the moving average with ``weights`` in it; the first rounds' decay is smaller."""
+    if decay == 0:
+        return weights
+    kept = np.float32(min(decay, (1 + round_) / (10 + round_)))
+    return {name: kept * average[name] + (1 - kept) * weights[name] for name in weights}
 
 
 def train_round(
@@ -96,24 +154,81 @@ def train_round(
     state: State,
 ) -> Round:
     """Ask every site to train once and turn their updates into new weights."""
-    started, answers = time.monotonic(), list[Answer]()
-    orders = orders_for(plan, weights, kind="train", round_=round_, consortium=consortium)
-
-    def updates() -> Iterator[Update]:
-        for answer in answered(ask, orders, plan=plan, weights=weights, consortium=consortium):
-            answers.append(answer._replace(update=None))
-            if answer.update is not None:
-                yield answer.update
-            del answer  # nothing of one site lives on while the next one is fetched
-
+    started, tally = time.monotonic(), Tally()
+    updates = _summed_updates if plan.rounds.secure_aggregation else _single_updates
     try:
-        new, state = strategy.step(weights, updates(), state)
+        new, state = strategy.step(
+            weights,
+            updates(plan, weights, ask, tally, round_=round_, consortium=consortium),
+            state,
+        )
     except ValueError as error:
-        raise RunError(_shortfall(plan, answers, round_)) from error
-    if sum(isinstance(a.said, SiteReply) for a in answers) < plan.rounds.quorum:
-        raise RunError(_shortfall(plan, answers, round_))
-    record = recorded(answers, orders, kind="train", round_=round_, weights=new, started=started)
-    return Round(record, new, state)
+        raise RunError(_shortfall(plan, tally.answers, round_)) from error
+    if sum(isinstance(a.said, SiteReply) for a in tally.answers) < plan.rounds.quorum:
+        raise RunError(_shortfall(plan, tally.answers, round_))
+    record = recorded(tally, kind="train", round_=round_, weights=new, started=started)
+    return Round(record, new, state, new)
+
+
+def _single_updates(
+    plan: StudyPlan,
+    weights: Weights,
+    ask: Ask,
+    tally: Tally,
+    *,
+    round_: int,
+    consortium: Consortium,
+) -> Iterator[Update]:
+    """Yield each site's update as it is answered."""
+    schema = schema_of(weights)
+    orders = orders_for(plan, weights, kind="train", round_=round_, consortium=consortium)
+    tally.sent(orders)
+    for answer in answered(ask, orders, plan=plan, weights=weights, consortium=consortium):
+        tally.add(answer)
+        if answer.vector is not None and isinstance(answer.said, SiteReply):
+            yield Update(
+                answer.said.site, answer.said.num_patients, unflatten(answer.vector, schema)
+            )
+        del answer  # nothing of one site lives on while the next one is fetched
+
+
+def _summed_updates(
+    plan: StudyPlan,
+    weights: Weights,
+    ask: Ask,
+    tally: Tally,
+    *,
+    round_: int,
+    consortium: Consortium,
+) -> Iterator[Update]:
+    """Yield the one update of all sites, once all that were asked have answered.
+
+    Raises:
+        ValueError: if fewer than the quorum are left to be asked.
+    """
+    for attempt in count():
+        orders = orders_for(
+            plan, weights, kind="train", round_=round_, consortium=consortium, attempt=attempt
+        )
+        tally.sent(orders)
+        total = np.zeros(size_of(schema_of(weights)), np.uint64)
+        num_patients, present = 0, set[str]()
+        for answer in answered(ask, orders, plan=plan, weights=weights, consortium=consortium):
+            tally.add(answer)
+            if answer.vector is not None and isinstance(answer.said, SiteReply):
+                total += answer.vector
+                num_patients += answer.said.num_patients
+                present.add(answer.said.site)
+            del answer
+        if len(present) < plan.rounds.quorum:
+            raise ValueError("expected more sites")
+        if present == set(orders):
+            mean = (opened(total) / num_patients).astype(np.float32)
+            yield Update("all", num_patients, unflatten(mean, schema_of(weights)))
+            return
+        tally.forget_replies()
+        left = {site: key for site, key in consortium.sites.items() if site in present}
+        consortium = consortium._replace(sites=left)
 
 
 def ask_all(
@@ -127,14 +242,25 @@ def ask_all(
     """Ask every site to evaluate ``weights``, or to train alone from them; aggregate nothing."""
     started, round_ = time.monotonic(), plan.training.num_rounds
     orders = orders_for(plan, weights, kind=kind, round_=round_, consortium=consortium)
-    answers = list(answered(ask, orders, plan=plan, weights=weights, consortium=consortium))
-    return recorded(answers, orders, kind=kind, round_=round_, weights=weights, started=started)
+    tally = Tally()
+    tally.sent(orders)
+    for answer in answered(ask, orders, plan=plan, weights=weights, consortium=consortium):
+        tally.add(answer)
+    return recorded(tally, kind=kind, round_=round_, weights=weights, started=started)
 
 
 def orders_for(
-    plan: StudyPlan, weights: Weights, *, kind: OrderKind, round_: int, consortium: Consortium
+    plan: StudyPlan,
+    weights: Weights,
+    *,
+    kind: OrderKind,
+    round_: int,
+    consortium: Consortium,
+    attempt: int = 0,
 ) -> dict[str, Letter]:
     """Return one signed order for each site; all share one copy of the weights."""
+    is_summed = kind == "train" and plan.rounds.secure_aggregation
+    participants = tuple(consortium.approvals[s] for s in sorted(consortium.sites) if is_summed)
     vector = flatten(weights)
     buckets = to_buckets(vector)
     now = datetime.now(UTC)
@@ -147,6 +273,8 @@ def orders_for(
                 kind=kind,
                 site=site,
                 weights_digest=digest(vector),
+                attempt=attempt,
+                participants=participants,
                 issued_at=now,
                 expires_at=now + timedelta(seconds=deadline_s),
             ),
@@ -180,15 +308,15 @@ def answered(
 
 def _answer(letter: Letter, *, order: RoundOrder, key: str, weights: Weights) -> Answer:
     try:
-        said, update = checked(letter, order=order, key=key, weights=weights)
+        said, found = checked(letter, order=order, key=key, weights=weights)
     except (ConsiliaError, ValueError):
         return Answer(_refusal(order, "bad-reply"), None, letter.size_bytes)
-    return Answer(said, update, letter.size_bytes)
+    return Answer(said, found, letter.size_bytes)
 
 
 def checked(
     letter: Letter, *, order: RoundOrder, key: str, weights: Weights
-) -> tuple[SiteReply | Refusal, Update | None]:
+) -> tuple[SiteReply | Refusal, Vector | None]:
     """Open a site's letter and believe nothing in it that cannot be checked.
 
     Raises:
@@ -205,12 +333,11 @@ def checked(
         raise ValueError("expected the answer to the order sent")
     if order.kind != "train":
         return said, None
-    return said, _update(said, vector, weights)
+    return said, _update(said, vector, order, weights)
 
 
 def recorded(
-    answers: list[Answer],
-    orders: Mapping[str, Letter],
+    tally: Tally,
     *,
     kind: OrderKind,
     round_: int,
@@ -221,23 +348,27 @@ def recorded(
     return RoundRecord(
         round_=round_,
         kind=kind,
-        replies=tuple(a.said for a in answers if isinstance(a.said, SiteReply)),
-        refusals=tuple(a.said for a in answers if isinstance(a.said, Refusal)),
+        replies=tuple(a.said for a in tally.answers if isinstance(a.said, SiteReply)),
+        refusals=tuple(a.said for a in tally.answers if isinstance(a.said, Refusal)),
         weights_digest=digest(flatten(weights)),
         seconds=round(time.monotonic() - started, 3),
-        sent_bytes=sum(letter.size_bytes for letter in orders.values()),
-        received_bytes=sum(a.size_bytes for a in answers),
+        sent_bytes=tally.sent_bytes,
+        received_bytes=tally.received_bytes,
     )
 
 
-def _update(said: SiteReply, vector: Array | None, weights: Weights) -> Update:
+def _update(said: SiteReply, vector: Vector | None, order: RoundOrder, weights: Weights) -> Vector:
+    if said.is_masked != bool(order.participants):
+        raise ValueError("expected a masked update under secure aggregation, and only then")
     if vector is None or said.update_digest != digest(vector):
         raise ValueError("expected the update the reply announces")
-    if not is_finite(vector):
+    if vector.shape != (size_of(schema_of(weights)),):
+        raise ValueError("expected one number for each weight")
+    if not said.is_masked and not is_finite(vector):
         raise ValueError("expected finite numbers")
     if not 1 <= said.num_patients <= MOST_PATIENTS:
         raise ValueError(f"expected from 1 to {MOST_PATIENTS} patients")
-    return Update(said.site, said.num_patients, unflatten(vector, schema_of(weights)))
+    return vector
 
 
 def _refusal(order: RoundOrder, code: RefusalCode) -> Refusal:

@@ -7,6 +7,7 @@ networked run, bit for bit.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from server import store, study
 from server.rounds import Ask
+from server.start import FILE as START_FILE
 from shared_models import plan as plans
 from shared_models.contracts import StudyReport
 from shared_models.errors import DocumentError
@@ -35,11 +37,13 @@ def simulate(
     *,
     validation_manifest: Path | None = None,
     validation_root: Path | None = None,
+    start: Path | None = None,
 ) -> StudyReport:
     """Run ``plan`` over the sites whose ``site.toml`` stand in ``site_dirs``, into ``out``.
 
     A key made for the occasion signs plan and orders; approvals and ledgers are kept in a temporary
-    folder, so that a rehearsal is neither charged nor mistaken for a study.
+    folder, so that a rehearsal is neither charged nor mistaken for a study. ``start`` is the file
+    of the weights to begin with, if the plan states a warm start.
 
     Raises:
         ConsiliaError: if a site cannot be read or objects, all objections at once.
@@ -51,6 +55,8 @@ def simulate(
         folder = Path(scratch)
         answers, keys = _opened(site_dirs, signed, public_key(key), folder)
         _prepare(out, signed, key, keys, folder, validation_manifest, validation_root)
+        if start is not None:
+            shutil.copyfile(start, out / START_FILE)
         return study.run(out, lambda _: ask_functions(answers))
 
 
@@ -69,11 +75,15 @@ def ask_functions(answers: Mapping[str, AnswerLetter]) -> Ask:
 def _opened(
     site_dirs: Sequence[Path], signed: SignedPlan, coordinator: str, folder: Path
 ) -> tuple[dict[str, AnswerLetter], dict[str, str]]:
+    introduce: Any = find("runtimes", "introduction", builtin={}, plugins=_own_distribution())
     rehearse: Any = find("runtimes", "in-process", builtin={}, plugins=_own_distribution())
+    files = [site_dir / "site.toml" if site_dir.is_dir() else site_dir for site_dir in site_dirs]
+    trusted = dict(introduce(file) for file in files)
     answers, keys = {}, {}
-    for site_dir in site_dirs:
-        config_file = site_dir / "site.toml" if site_dir.is_dir() else site_dir
-        seat = rehearse(config_file, signed=signed, coordinator=coordinator, state_dir=folder)
+    for file in files:
+        seat = rehearse(
+            file, signed=signed, coordinator=coordinator, state_dir=folder, trusted=trusted
+        )
         answers[seat.name], keys[seat.name] = seat.answer, seat.public_key
     missing = sorted(set(signed.plan.sites) - set(answers))
     if missing:

@@ -69,9 +69,12 @@ def write_settings(run_dir: Path, settings: RunSettings) -> None:
     replace(run_dir / "run.json", settings.model_dump_json(indent=2).encode())
 
 
-def approving_sites(run_dir: Path, signed: SignedPlan, settings: RunSettings) -> list[str]:
-    """Return the plan's sites whose countersignature over exactly this plan is on file."""
-    return [site for site in signed.plan.sites if _has_approved(run_dir, site, signed, settings)]
+def approvals(
+    run_dir: Path, signed: SignedPlan, settings: RunSettings
+) -> dict[str, Countersignature]:
+    """Return by site the countersignatures over exactly this plan that are on file."""
+    found = {site: _approval(run_dir, site, signed, settings) for site in signed.plan.sites}
+    return {site: approval for site, approval in found.items() if approval is not None}
 
 
 def append_round(run_dir: Path, record: RoundRecord) -> None:
@@ -88,15 +91,18 @@ def read_rounds(run_dir: Path) -> list[RoundRecord]:
     return [RoundRecord.model_validate_json(line) for line in whole.splitlines()]
 
 
-def _has_approved(run_dir: Path, site: str, signed: SignedPlan, settings: RunSettings) -> bool:
+def _approval(
+    run_dir: Path, site: str, signed: SignedPlan, settings: RunSettings
+) -> Countersignature | None:
     file = run_dir / "approvals" / f"{site}.json"
     if site not in settings.sites or not file.is_file():
-        return False
+        return None
     try:
         found = Countersignature.model_validate_json(file.read_bytes())
     except ValidationError:
-        return False
-    key = settings.sites[site].signing
-    approval = found.approval
+        return None
+    approval, key = found.approval, settings.sites[site].signing
     is_theirs = is_signed_by(approval, found.signature, key=key) and approval.site == site
-    return is_theirs and approval.study == digest(signed.plan) and approval.decision == "approved"
+    is_this = approval.study == digest(signed.plan) and approval.decision == "approved"
+    has_key = approval.mask_key is not None or not signed.plan.rounds.secure_aggregation
+    return found if is_theirs and is_this and has_key else None

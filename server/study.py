@@ -13,7 +13,8 @@ from pathlib import Path
 from server import report, rounds, store
 from server.release import release
 from server.rounds import Ask, Consortium
-from server.validate import Validator, final_report, initial_weights, open_validator, validate
+from server.start import initial_weights
+from server.validate import Validator, final_report, open_validator, validate
 from shared_models import tasks
 from shared_models.catalogue import STRATEGIES, objections
 from shared_models.contracts import (
@@ -63,7 +64,7 @@ def _run(run_dir: Path, connect: Callable[[dict[str, str]], Ask]) -> StudyReport
     found = objections(plan, today=datetime.now(UTC).date())
     if found:
         raise ConsiliaError(found)
-    approving = store.approving_sites(run_dir, signed, settings)
+    approving = store.approvals(run_dir, signed, settings)
     if len(approving) < plan.rounds.quorum:
         raise RunError(
             f"{len(approving)} sites have approved the plan, it needs {plan.rounds.quorum}; "
@@ -71,7 +72,9 @@ def _run(run_dir: Path, connect: Callable[[dict[str, str]], Ask]) -> StudyReport
         )
     keys = {site: settings.sites[site] for site in approving}
     consortium = Consortium(
-        load_key(settings.signing_key), {site: key.signing for site, key in keys.items()}
+        load_key(settings.signing_key),
+        {site: key.signing for site, key in keys.items()},
+        approving,
     )
     validator = open_validator(plan, settings)
     ask = connect({site: key.node or "" for site, key in keys.items()})
@@ -89,7 +92,7 @@ def _rounds(
 ) -> tuple[Weights, list[RoundRecord]]:
     """Run all rounds, then the final evaluation and, if planned, training alone."""
     strategy = find("strategies", plan.strategy.name, builtin=STRATEGIES)(**plan.strategy.params)
-    first: Weights = initial_weights(validator)
+    first: Weights = initial_weights(plan, validator.task, run_dir)
     weights = first
     records = []
     for round_ in rounds.run(
@@ -100,7 +103,7 @@ def _rounds(
         strategy=strategy,
         validate=lambda new: validate(validator, new),
     ):
-        weights = round_.weights
+        weights = round_.released
         records.append(round_.record)
         store.append_round(run_dir, round_.record)
         log.info("round %d: %d sites", round_.record.round_ + 1, len(round_.record.replies))

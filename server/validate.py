@@ -14,13 +14,13 @@ from shared_models import cohort, nets, tasks
 from shared_models.cohort import Patient
 from shared_models.contracts import Evaluation, Picture, ValidationReport
 from shared_models.evaluation import evaluate
-from shared_models.nets.base import load_weights, weights_of
+from shared_models.nets.base import load_weights
 from shared_models.plan import StudyPlan
 from shared_models.registry import find
 from shared_models.signing import digest
 from shared_models.tasks import Task
 from shared_models.tasks.base import Pixels
-from shared_models.weights import Array, Weights, flatten
+from shared_models.weights import Weights, flatten
 from shared_models.weights import digest as weights_digest
 
 NUM_PICTURES = 6
@@ -55,15 +55,6 @@ def open_validator(plan: StudyPlan, settings: RunSettings) -> Validator:
         task=task,
     )
     return Validator(plan, task, net, [p for split in patients.values() for p in split])
-
-
-def initial_weights(validator: Validator) -> dict[str, Array]:
-    """Return the weights every study of this plan starts from: drawn from the plan's seed alone."""
-    plan = validator.plan
-    net = nets.make(
-        plan.net.name, plan.net.params, seed=plan.seed, num_outputs=validator.task.num_outputs
-    )
-    return weights_of(net)
 
 
 def validate(validator: Validator, weights: Weights, *, with_intervals: bool = False) -> Evaluation:

@@ -72,7 +72,7 @@ def epsilon_of_ledger(
     from shared_models.terminal import balance
 
     try:
-        entries = parse_ledger(ledger.read_bytes())
+        entries = parse_ledger(ledger.read_bytes()).reservations
     except OSError as error:
         raise DocumentError(f"cannot read {ledger}: {type(error).__name__}") from error
     if delta is not None and not 0 < delta < 1:
@@ -182,12 +182,14 @@ def _is_plans(privacy: PrivacyStatement, plan: StudyPlan) -> bool:
         privacy.sample_rate,
         privacy.images_per_patient,
         privacy.delta,
+        privacy.noise_shares,
     ) == (
         terms.noise_multiplier,
         terms.max_grad_norm,
         training.sample_rate,
         training.images_per_patient,
         terms.delta,
+        terms.noise_shares,
     )
 
 

@@ -17,7 +17,10 @@ from shared_models.registry import Builtin, find, objections_to_params
 STRATEGIES: Builtin = {
     "fedavg": "strategies.averaging:fedavg",
     "fedprox": "strategies.averaging:fedprox",
+    "fedavgm": "strategies.averaging:fedavgm",
 }
+#: Their parameters; a momentum is a number in [0, 1).
+STRATEGY_PARAMS: dict[str, set[str]] = {"fedavgm": {"momentum"}}
 #: Parameters the platform gives, which a plan may not.
 GIVEN = {"num_outputs"}
 
@@ -93,11 +96,17 @@ def _of(
 
 
 def _strategy_objections(plan: StudyPlan) -> Iterator[str]:
-    if plan.strategy.params:
-        yield f"strategy.params: '{plan.strategy.name}' takes none"
+    known = STRATEGY_PARAMS.get(plan.strategy.name, set())
+    unknown = sorted(set(plan.strategy.params) - known)
+    if unknown:
+        takes = ", ".join(sorted(known)) or "none"
+        yield f"strategy.params: '{plan.strategy.name}' takes {takes}; remove {', '.join(unknown)}"
+    momentum = plan.strategy.params.get("momentum", 0.0)
+    if "momentum" in known and not (isinstance(momentum, int | float) and 0 <= momentum < 1):
+        yield "strategy.params.momentum: expected a number in [0, 1)"
     if plan.strategy.name == "fedprox" and plan.training.proximal_mu == 0:
         yield "training.proximal_mu: expected a number over 0 with the strategy fedprox"
-    if plan.strategy.name == "fedavg" and plan.training.proximal_mu > 0:
+    if plan.strategy.name != "fedprox" and plan.training.proximal_mu > 0:
         yield "training.proximal_mu: belongs to the strategy fedprox; choose it or set 0"
 
 
@@ -111,11 +120,22 @@ def _made_objections(plan: StudyPlan, plugins: Collection[str]) -> Iterator[str]
         task = find("tasks", plan.task.name, builtin=tasks.BUILTIN, plugins=plugins)(
             **plan.task.params
         )
-        nets.make(
+        net = nets.make(
             plan.net.name, plan.net.params, seed=0, num_outputs=task.num_outputs, plugins=plugins
         )
+        spatial_dims = int(str(plan.net.params.get("spatial_dims", 2)))
+        objection = tasks.objection_to_loss(task, spatial_dims=spatial_dims)
     except Exception as error:
         yield f"task or net: {type(error).__name__}: {error}"
+        return
+    if objection is not None:
+        yield f"task: {objection}"
+    names = [name for name, _ in net.named_parameters()]
+    for prefix in plan.training.frozen:
+        if not any(name.startswith(prefix) for name in names):
+            yield f"training.frozen: no parameter of the net begins with '{prefix}'"
+    if all(name.startswith(plan.training.frozen) for name in names):
+        yield "training.frozen: nothing is left to train; freeze less"
 
 
 def _names(function: object) -> set[str]:

@@ -6,7 +6,7 @@ root), ``patient``, ``label`` (a class, or the path of a label map) and, optiona
 whose image is a folder is one DICOM series. For a two-dimensional net every slice is an image.
 
 Guarantees:
-    A patient is in one split only.
+    A patient is in one split only, with at least one image and a label for each.
     Every objection to a manifest is told at once, without a patient's name.
 """
 
@@ -180,6 +180,11 @@ def _examples(
     original = read_volume(root / row.image)
     volume = prepare(original)
     image = torch.from_numpy(volume.data)[None]
+    if not image.numel():
+        raise DataError(
+            "nothing is left of the image after the plan's imaging steps, and a patient needs at "
+            "least one; export it again or remove the line"
+        )
     if task.label_kind == "map":
         label = read_volume(root / row.label)
         if label.data.shape != original.data.shape:

@@ -12,9 +12,9 @@ a new meaning: add a field and raise ``schema_version``. The JSON schemas are go
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SCHEMA_VERSION = 1
 
@@ -28,9 +28,12 @@ Probability = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
+Shares = Annotated[int, Field(ge=1, le=1000)]  # at most one for each site of a plan
 
 OrderKind = Literal["train", "evaluate", "alone"]
 EventPurpose = Literal["train", "alone"]
+PrivacyUnit = Literal["patient", "site"]
+Sampler = Literal["poisson", "all"]
 
 
 class Contract(BaseModel):
@@ -51,20 +54,34 @@ class Contract(BaseModel):
 class PrivacyEvent(Contract):
     """A run of identical noisy steps over one cohort: what was done, never what it costs.
 
-    ``sample_rate`` is the probability with which each patient entered each step, independently
-    (Poisson). ``noise_multiplier`` is the noise's standard deviation over ``max_grad_norm``.
+    ``unit`` is what is added or removed: a patient of the cohort, or a whole site of the study, of
+    which ``images_per_patient`` says nothing. ``sampler``: ``poisson`` if each unit entered each
+    step independently with probability ``sample_rate``, ``all`` if every unit entered every step.
+    ``noise_multiplier`` is the standard deviation over ``max_grad_norm`` of all the noise in what
+    anybody sees. ``noise_shares`` is how many sites' independent shares add up to that noise under
+    secure aggregation; each adds noise_multiplier / sqrt(noise_shares). 1: this site adds it all.
     """
 
     mechanism: Literal["gaussian"] = "gaussian"
-    sampler: Literal["poisson"] = "poisson"
+    sampler: Sampler = "poisson"
     relation: Literal["add-or-remove-one"] = "add-or-remove-one"
-    unit: Literal["patient"] = "patient"
+    unit: PrivacyUnit = "patient"
     purpose: EventPurpose = "train"
     sample_rate: Annotated[float, Field(gt=0, le=1)]
     noise_multiplier: Positive
     max_grad_norm: Positive
     images_per_patient: Annotated[int, Field(ge=1)]
     steps: Annotated[int, Field(ge=1)]
+    noise_shares: Shares = 1
+
+    @model_validator(mode="after")
+    def _check_that_all_is_everybody(self) -> Self:
+        if self.sampler == "all" and self.sample_rate != 1:
+            raise ValueError(
+                "expected a sample_rate of 1 where the sampler is 'all'; if units are drawn "
+                "independently the sampler is 'poisson', and nothing else can be accounted"
+            )
+        return self
 
 
 class PrivacyStatement(Contract):
@@ -72,13 +89,16 @@ class PrivacyStatement(Contract):
 
     ``epsilon`` is rounded up to four decimals; ``epsilon_rdp`` is a second, looser accountant's
     answer to the same question. ``steps`` counts noisy steps, those of the comparison included.
+    Where ``noise_shares`` is over 1, ``epsilon`` rests on sums over sites being all that anybody
+    sees; ``epsilon_unmasked`` is what this site's own share of the noise would be worth if they
+    were not. It is absent where it is infinite, and where the site adds all the noise itself.
     """
 
     epsilon: NonNegative
     delta: Probability
-    unit: Literal["patient"] = "patient"
+    unit: PrivacyUnit = "patient"
     relation: Literal["add-or-remove-one"] = "add-or-remove-one"
-    sampler: Literal["poisson"] = "poisson"
+    sampler: Sampler = "poisson"
     mechanism: Literal["gaussian"] = "gaussian"
     accountant: Literal["dp_accounting PLD, pessimistic"] = "dp_accounting PLD, pessimistic"
     epsilon_rdp: NonNegative
@@ -87,6 +107,8 @@ class PrivacyStatement(Contract):
     max_grad_norm: Positive
     images_per_patient: Annotated[int, Field(ge=1)]
     steps: Count
+    noise_shares: Shares = 1
+    epsilon_unmasked: NonNegative | None = None
     covers: str
     does_not_cover: str
 
@@ -94,13 +116,32 @@ class PrivacyStatement(Contract):
 class Reservation(Contract):
     """One line of a site's privacy ledger: what one round of one study did to its cohort.
 
-    ``delta`` is the one the study agreed on, at which its epsilon is stated.
+    ``attempt`` numbers the charges of one round for one purpose, from 0. ``delta`` is the one the
+    study agreed on, at which its epsilon is stated.
     """
 
+    kind: Literal["reservation"] = "reservation"
     study: Digest
     round_: Annotated[int, Field(ge=0)]
+    attempt: Count = 0
     event: PrivacyEvent
     delta: Probability
+    when: datetime
+
+
+class Commit(Contract):
+    """The ledger's other kind of line: from here on the reply made under a reservation may leave.
+
+    It names the reservation by what it was for, and the reply by its digest. It costs nothing and
+    gives nothing back: a reservation without one counts the same.
+    """
+
+    kind: Literal["commit"] = "commit"
+    study: Digest
+    round_: Annotated[int, Field(ge=0)]
+    purpose: EventPurpose
+    attempt: Count
+    reply: Digest
     when: datetime
 
 
@@ -114,12 +155,37 @@ class Signature(Contract):
     value: SignatureValue
 
 
+class Approval(Contract):
+    """A site's own decision about a plan, signed with the site's key (the second key).
+
+    ``mask_key`` is the public half (X25519) of the key made for this study's secure aggregation.
+    """
+
+    schema_version: Literal[1] = 1
+    study: Digest
+    site: SiteName
+    decision: Literal["approved", "refused"]
+    who: Annotated[str, Field(min_length=1, max_length=120)]
+    when: datetime
+    mask_key: PublicKey | None = None
+
+
+class Countersignature(Contract):
+    """An approval with the site's signature over it: what the coordinator must hold to order."""
+
+    approval: Approval
+    signature: Signature
+
+
 class RoundOrder(Contract):
     """The coordinator asks one site for one thing in one round.
 
     ``train``: evaluate the weights sent, then train from them and answer an update.
     ``evaluate``: only evaluate the weights sent. ``alone``: train from the weights sent for the
     whole study's steps with no help, keep the model, answer its metrics.
+
+    Under secure aggregation ``participants`` are the countersignatures of all sites asked, this one
+    included, whose masks cancel; ``attempt`` counts how often the round was asked, from 0.
     """
 
     schema_version: Literal[1] = 1
@@ -128,6 +194,8 @@ class RoundOrder(Contract):
     kind: OrderKind
     site: SiteName
     weights_digest: Digest
+    attempt: Count = 0
+    participants: tuple[Countersignature, ...] = ()
     issued_at: datetime
     expires_at: datetime
 
@@ -145,7 +213,11 @@ class Evaluation(Contract):
 
 
 class SiteReply(Contract):
-    """What a site answers to an order it obeyed. The update's arrays travel beside it."""
+    """What a site answers to an order it obeyed. The update's arrays travel beside it.
+
+    A masked update is the update times ``num_patients``, hidden (``masking.py``): it means nothing
+    but in the sum over all participants.
+    """
 
     schema_version: Literal[1] = 1
     study: Digest
@@ -155,6 +227,7 @@ class SiteReply(Contract):
     num_patients: Count
     train_loss: float | None = None
     update_digest: Digest | None = None
+    is_masked: bool = False
     evaluation: Evaluation | None = None
     privacy: PrivacyStatement | None = None
     seconds: NonNegative = 0.0
@@ -169,6 +242,7 @@ RefusalCode = Literal[
     "policy",
     "budget",
     "too-few-patients",
+    "peers",
     "data",
     "gate",
     "failed",
@@ -186,6 +260,7 @@ REFUSALS: dict[str, str] = {
     "policy": "the plan breaks a rule of this site",
     "budget": "the round would exceed the privacy budget",
     "too-few-patients": "fewer patients than the plan or the site allows",
+    "peers": "too few of the sites taking part are known to this site to hide its update among",
     "data": "the site's data cannot be used for this plan",
     "gate": "the result did not pass the site's outbound gate",
     "failed": "training failed at the site; its journal says why",
@@ -203,24 +278,6 @@ class Refusal(Contract):
     kind: OrderKind
     site: SiteName
     code: RefusalCode
-
-
-class Approval(Contract):
-    """A site's own decision about a plan, signed with the site's key (the second key)."""
-
-    schema_version: Literal[1] = 1
-    study: Digest
-    site: SiteName
-    decision: Literal["approved", "refused"]
-    who: Annotated[str, Field(min_length=1, max_length=120)]
-    when: datetime
-
-
-class Countersignature(Contract):
-    """An approval with the site's signature over it: what the coordinator must hold to order."""
-
-    approval: Approval
-    signature: Signature
 
 
 # --- what the coordinator keeps and publishes
@@ -273,7 +330,7 @@ class SiteResult(Contract):
     alone_intervals: dict[MetricName, tuple[float, float]] = {}
     epsilon: NonNegative | None = None
     delta: Probability | None = None
-    unit: Literal["patient"] | None = None
+    unit: PrivacyUnit | None = None
     privacy: PrivacyStatement | None = None
     refusals: tuple[Refusal, ...] = ()
 
@@ -347,6 +404,7 @@ CONTRACTS: tuple[type[Contract], ...] = (
     PrivacyEvent,
     PrivacyStatement,
     Reservation,
+    Commit,
     Signature,
     RoundOrder,
     Evaluation,

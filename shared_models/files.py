@@ -13,18 +13,20 @@ from pathlib import Path
 from uuid import uuid4
 
 
-def replace(file: Path, content: bytes) -> None:
+def replace(file: Path, content: bytes, *, mode: int = 0o666) -> None:
     """Make ``content`` the content of ``file``, atomically and durably.
 
     The content goes to a temporary sibling, reaches the disk, and takes the name in one step; then
-    the folder reaches the disk too. An existing file keeps its permissions.
+    the folder reaches the disk too. A new file gets ``mode``, less what the umask takes; an
+    existing file keeps its permissions.
 
     Raises:
         OSError: if the folder is missing, full or not writable; ``file`` is then as it was.
     """
     temporary = file.with_name(f".{file.name[:100]}.{uuid4().hex}.tmp")
     try:
-        with temporary.open("xb") as stream:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "wb") as stream:
             if file.exists():
                 os.fchmod(stream.fileno(), file.stat().st_mode & 0o777)
             stream.write(content)

@@ -18,12 +18,14 @@ from pydantic import Field, ValidationError
 
 from shared_models.contracts import (
     Contract,
+    Digest,
     Name,
     NonNegative,
     Positive,
     PrivacyEvent,
     Probability,
     PublicKey,
+    Shares,
     Signature,
     SiteName,
 )
@@ -50,20 +52,27 @@ class Training(Contract):
     and at most ``images_per_patient`` of a drawn patient's images. ``proximal_mu`` is FedProx's
     pull towards the weights received (Li et al. 2020, eq. 2); 0 is FedAvg. The learning rate falls
     from ``learning_rate`` in the first round to ``learning_rate_end`` in the last along a cosine.
-    ``flips`` mirrors whole batches left to right at random.
+    An image drawn enters as ``views`` of it, each mirrored left to right at random (``flips``) and
+    moved by up to ``shift`` pixels or voxels along each axis, and counts once in its patient's mean
+    (augmentation multiplicity, De et al. 2022). Parameters whose names begin with one of ``frozen``
+    stay as they were sent. ``adam-bc`` is Adam with the noise's own variance taken out of its
+    second moment (Tang et al. 2024); it needs privacy terms.
     """
 
     num_rounds: Annotated[int, Field(ge=1, le=10_000)]
     steps_per_round: Annotated[int, Field(ge=1, le=100_000)]
     sample_rate: Annotated[float, Field(gt=0, le=1)]
     images_per_patient: Annotated[int, Field(ge=1, le=1000)] = 4
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "adam-bc"] = "adamw"
     learning_rate: Positive
     learning_rate_end: Positive | None = None
     weight_decay: NonNegative = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     proximal_mu: NonNegative = 0.0
     flips: bool = False
+    shift: Annotated[int, Field(ge=0, le=64)] = 0
+    views: Annotated[int, Field(ge=1, le=64)] = 1
+    frozen: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = ()
 
 
 class PrivacyTerms(Contract):
@@ -71,6 +80,11 @@ class PrivacyTerms(Contract):
 
     ``noise_multiplier`` is the noise's standard deviation over ``max_grad_norm``; with it the whole
     study must cost at most ``epsilon`` at ``delta``, which every site recomputes for itself.
+    ``noise_shares`` over 1 splits that noise: each site adds noise_multiplier / sqrt(noise_shares),
+    and only the sum of that many sites, which is all that secure aggregation shows, is private. The
+    sites a round may have beyond that many may tell their shares without harm.
+    ``clipping``: ``flat`` scales gradients over ``max_grad_norm`` down to it; ``automatic`` scales
+    every gradient to it (Bu et al. 2023), so that the norm need not be known beforehand.
     """
 
     unit: Literal["patient"] = "patient"
@@ -78,17 +92,34 @@ class PrivacyTerms(Contract):
     delta: Probability
     noise_multiplier: Positive
     max_grad_norm: Positive
+    noise_shares: Shares = 1
+    clipping: Literal["flat", "automatic"] = "flat"
 
 
 class RoundTerms(Contract):
-    """How many sites a round needs, and how long it waits for them."""
+    """How many sites a round needs, how long it waits for them, and what it sees of them.
+
+    Under ``secure_aggregation`` the coordinator sees the sum of the updates and none of them. Such
+    a round needs all sites it began with; if one is missing, it is asked again of the others. A
+    round asked again costs the patients again: the budget covers ``spare`` of them.
+
+    Where ``averaging`` is over 0, what is validated and released is the exponential moving average
+    of the models of all rounds, with that decay; sites train from the last model itself.
+    """
 
     quorum: Annotated[int, Field(ge=1)]
     deadline_s: Annotated[float, Field(gt=0, le=7 * 24 * 3600)] = 600.0
+    secure_aggregation: bool = False
+    spare: Annotated[int, Field(ge=0, le=10_000)] = 0
+    averaging: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class StudyPlan(Contract):
-    """Everything a study does, agreed by all before it starts."""
+    """Everything a study does, agreed by all before it starts.
+
+    ``start`` is the digest of the weights the study begins with, trained beforehand on images the
+    coordinator may use (``server.start``); without it they are drawn from ``seed``.
+    """
 
     schema_version: Literal[1] = 1
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
@@ -100,6 +131,7 @@ class StudyPlan(Contract):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     min_patients: Annotated[int, Field(ge=2)] = 10
     compare_alone: bool = False
+    start: Digest | None = None
     task: Choice
     net: Choice
     imaging: tuple[Choice, ...] = ()
@@ -123,13 +155,15 @@ def planned_events(plan: StudyPlan) -> tuple[PrivacyEvent, ...]:
     """
     if plan.privacy is None:
         return ()
-    purposes = ("train", "alone") if plan.compare_alone else ("train",)
-    steps = plan.training.num_rounds * plan.training.steps_per_round
-    return tuple(event_of(plan, steps=steps, purpose=purpose) for purpose in purposes)
+    training = plan.training
+    together = (training.num_rounds + plan.rounds.spare) * training.steps_per_round
+    alone = training.num_rounds * training.steps_per_round
+    events = (event_of(plan, steps=together), event_of(plan, steps=alone, purpose="alone"))
+    return events if plan.compare_alone else events[:1]
 
 
 def event_of(plan: StudyPlan, *, steps: int, purpose: Any = "train") -> PrivacyEvent:
-    """Return the event of ``steps`` noisy steps under ``plan``.
+    """Return the event of ``steps`` noisy steps under ``plan``; who trains alone adds all noise.
 
     Raises:
         ValueError: if the plan has no privacy terms.
@@ -143,7 +177,16 @@ def event_of(plan: StudyPlan, *, steps: int, purpose: Any = "train") -> PrivacyE
         max_grad_norm=plan.privacy.max_grad_norm,
         images_per_patient=plan.training.images_per_patient,
         steps=steps,
+        noise_shares=plan.privacy.noise_shares if purpose == "train" else 1,
     )
+
+
+def fewest_honest(plan: StudyPlan) -> int:
+    """Return how many sites must keep to secure aggregation's rules for it to hide any of them.
+
+    The site that asks counts itself. Where the noise is split, they are those whose shares count.
+    """
+    return max(2, 1 if plan.privacy is None else plan.privacy.noise_shares)
 
 
 def own_objections(plan: StudyPlan, *, today: date) -> Iterator[str]:
@@ -160,6 +203,7 @@ def own_objections(plan: StudyPlan, *, today: date) -> Iterator[str]:
             f"rounds.quorum: expected at most the {len(plan.sites)} sites of the plan, "
             f"got {plan.rounds.quorum}"
         )
+    yield from _terms_objections(plan)
     if plan.privacy is not None:
         cost = epsilon(planned_events(plan), delta=plan.privacy.delta)
         if cost > plan.privacy.epsilon:
@@ -168,6 +212,31 @@ def own_objections(plan: StudyPlan, *, today: date) -> Iterator[str]:
                 f"{plan.privacy.delta:g}, over the {plan.privacy.epsilon:g} it states; raise "
                 "noise_multiplier or plan fewer steps"
             )
+
+
+def _terms_objections(plan: StudyPlan) -> Iterator[str]:
+    rounds, training = plan.rounds, plan.training
+    if rounds.secure_aggregation and rounds.quorum < 2:
+        yield "rounds.quorum: expected at least 2 under secure_aggregation; one site hides nothing"
+    if training.optimizer == "adam-bc" and plan.privacy is None:
+        yield "training.optimizer: adam-bc corrects for noise; add privacy terms or choose adamw"
+    if plan.privacy is None or plan.privacy.noise_shares == 1:
+        return
+    if not rounds.secure_aggregation:
+        yield (
+            "privacy.noise_shares: a split noise protects only sums; set "
+            "rounds.secure_aggregation = true, or noise_shares = 1"
+        )
+    if plan.privacy.noise_shares > rounds.quorum:
+        yield (
+            f"privacy.noise_shares: expected at most the quorum of {rounds.quorum}, "
+            f"got {plan.privacy.noise_shares}"
+        )
+    if training.steps_per_round != 1 or training.optimizer != "sgd":
+        yield (
+            "privacy.noise_shares: what is summed must be one step's gradients; set "
+            'training.steps_per_round = 1 and optimizer = "sgd"'
+        )
 
 
 def parse(text: str) -> SignedPlan:

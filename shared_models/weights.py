@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,9 +69,9 @@ def is_finite(vector: Array) -> bool:
     return is_small or bool(np.isfinite(vector).all())
 
 
-def digest(vector: Array) -> str:
+def digest(vector: NDArray[Any]) -> str:
     """Return the SHA-256 of the vector's little-endian bytes, in hexadecimal."""
-    little = np.ascontiguousarray(vector, dtype="<f4")
+    little = np.ascontiguousarray(vector, dtype=vector.dtype.newbyteorder("<"))
     return hashlib.sha256(little.view(np.uint8).data).hexdigest()
 
 

@@ -1,22 +1,25 @@
 """Letters: what travels between coordinator and site, whoever carries it.
 
-A letter is one signed contract and, if weights belong to it, their flat vector cut into buckets.
+A letter is one signed contract and, if weights belong to it, their flat vector cut into buckets:
+float32, or whole numbers of 64 bits where a reply says that it is masked.
 The Flower doors carry letters; the in-process runtime hands them over directly. Nothing here knows
 how they travel.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from shared_models.contracts import Contract, Refusal, RoundOrder, Signature, SiteReply
 from shared_models.errors import DocumentError, SignatureError
 from shared_models.signing import canonical, is_signed_by, sign
-from shared_models.weights import Array
+
+Vector = NDArray[Any]
 
 LetterKind = Literal["order", "reply", "refusal"]
 KINDS: dict[LetterKind, type[Contract]] = {
@@ -42,8 +45,8 @@ class Letter(NamedTuple):
         return len(self.document.encode(errors="surrogatepass")) + sum(map(len, self.buckets))
 
 
-def seal(value: Contract, *, key: Ed25519PrivateKey, vector: Array | None = None) -> Letter:
-    """Sign ``value`` and put it in a letter, with ``vector`` (float32, 1-D) if there is one.
+def seal(value: Contract, *, key: Ed25519PrivateKey, vector: Vector | None = None) -> Letter:
+    """Sign ``value`` and put it in a letter, with ``vector`` (1-D) if there is one.
 
     Raises:
         ValueError: if ``value`` is neither an order nor a reply nor a refusal.
@@ -58,7 +61,7 @@ def seal(value: Contract, *, key: Ed25519PrivateKey, vector: Array | None = None
     return Letter(kind, canonical(value).decode(), signature.key, signature.value, buckets)
 
 
-def unseal(letter: Letter, *, key: str) -> tuple[Contract, Array | None]:
+def unseal(letter: Letter, *, key: str) -> tuple[Contract, Vector | None]:
     """Open a letter signed by ``key`` (hexadecimal public key).
 
     Raises:
@@ -75,25 +78,29 @@ def unseal(letter: Letter, *, key: str) -> tuple[Contract, Array | None]:
         raise DocumentError(f"the {letter.kind} cannot be read") from error
     if not is_signed_by(value, signature, key=key):
         raise SignatureError(f"the {letter.kind} is not signed by the expected key")
-    return value, from_buckets(letter.buckets) if letter.buckets else None
+    is_masked = isinstance(value, SiteReply) and value.is_masked
+    kind = "<u8" if is_masked else "<f4"
+    return value, from_buckets(letter.buckets, kind=kind) if letter.buckets else None
 
 
-def to_buckets(vector: Array) -> tuple[bytes, ...]:
-    """Cut a float32 vector into little-endian buckets of at most 16 MiB."""
-    raw = np.ascontiguousarray(vector, dtype="<f4").view(np.uint8)
+def to_buckets(vector: Vector) -> tuple[bytes, ...]:
+    """Cut a vector into little-endian buckets of at most 16 MiB; what is not uint64 is float32."""
+    kind = "<u8" if vector.dtype == np.uint64 else "<f4"
+    raw = np.ascontiguousarray(vector, dtype=kind).view(np.uint8)
     return tuple(
         raw[start : start + BUCKET_BYTES].tobytes()
         for start in range(0, max(len(raw), 1), BUCKET_BYTES)
     )
 
 
-def from_buckets(buckets: tuple[bytes, ...]) -> Array:
-    """Join buckets into a float32 vector.
+def from_buckets(buckets: tuple[bytes, ...], *, kind: str = "<f4") -> Vector:
+    """Join buckets into a vector of that kind of number.
 
     Raises:
         DocumentError: if their sizes do not make whole numbers.
     """
-    if any(len(bucket) % 4 for bucket in buckets):
-        raise DocumentError("expected buckets of whole float32 numbers")
-    parts = [np.frombuffer(bucket, dtype="<f4") for bucket in buckets]
+    if any(len(bucket) % np.dtype(kind).itemsize for bucket in buckets):
+        numbers = "float32" if kind == "<f4" else "64-bit"
+        raise DocumentError(f"expected buckets of whole {numbers} numbers")
+    parts = [np.frombuffer(bucket, dtype=kind) for bucket in buckets]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)

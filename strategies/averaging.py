@@ -3,7 +3,8 @@
 References:
     McMahan et al. 2017, Communication-efficient learning of deep networks from decentralized data,
     https://arxiv.org/abs/1602.05629. Li et al. 2020, Federated optimization in heterogeneous
-    networks, https://arxiv.org/abs/1812.06127.
+    networks, https://arxiv.org/abs/1812.06127. Hsu, Qi and Brown 2019, Measuring the effects of
+    non-identical data distribution, https://arxiv.org/abs/1909.06335 (FedAvgM).
 """
 
 from __future__ import annotations
@@ -36,6 +37,33 @@ def fedprox() -> Strategy:
     return fedavg()
 
 
+def fedavgm(*, momentum: float = 0.9) -> Strategy:
+    """Return FedAvgM: the mean update joins what is left of those before it, and moves the weights.
+
+    Where every round is one step of plain gradient descent, this is gradient descent with momentum.
+
+    Raises:
+        ValueError: if ``momentum`` is not in [0, 1).
+    """
+    if not 0 <= momentum < 1:
+        raise ValueError(f"expected a momentum in [0, 1), got {momentum}")
+
+    def init(weights: Weights) -> State:
+        return {name: np.zeros(value.shape, np.float64) for name, value in weights.items()}
+
+    def step(
+        weights: Weights, updates: Iterable[Update], state: State
+    ) -> tuple[dict[str, Array], State]:
+        mean = _mean(weights, updates)
+        velocity = {name: momentum * state[name] + mean[name] for name in weights}
+        moved = {
+            name: (value + velocity[name]).astype(np.float32) for name, value in weights.items()
+        }
+        return moved, velocity
+
+    return Strategy(init, step)
+
+
 def _no_state(weights: Weights) -> State:
     return {}
 
@@ -43,6 +71,11 @@ def _no_state(weights: Weights) -> State:
 def _average(
     weights: Weights, updates: Iterable[Update], state: State
 ) -> tuple[dict[str, Array], State]:
+    mean = _mean(weights, updates)
+    return {n: (value + mean[n]).astype(np.float32) for n, value in weights.items()}, state
+
+
+def _mean(weights: Weights, updates: Iterable[Update]) -> State:
     sums = {name: np.zeros(value.shape, np.float64) for name, value in weights.items()}
     total = 0
     for update in updates:
@@ -51,10 +84,7 @@ def _average(
         del update  # or it would live on while the next one is fetched
     if total <= 0:
         raise ValueError("expected at least one update with patients, got none")
-    averaged = {
-        name: (value + sums[name] / total).astype(np.float32) for name, value in weights.items()
-    }
-    return averaged, state
+    return {name: value / total for name, value in sums.items()}
 
 
 def _add(sums: dict[str, NDArray[np.float64]], update: Update) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,14 +17,30 @@ from client.bookkeeping import recurrent
 from client.bookkeeping.book import Book, Layout, OutOfOrder
 from client.bookkeeping.forwards import FORWARDS, replaced
 from client.bookkeeping.layers import RULES, has_images_first
-from client.dp import Batch, GradientOf, Loss, Sums, _chunks, _mixing, _zeros, trainable
+from client.dp import (
+    Batch,
+    Clipping,
+    GradientOf,
+    Loss,
+    Sums,
+    _chunks,
+    _mixing,
+    _zeros,
+    clip_factors,
+    trainable,
+)
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def bookkeeping_engine(
-    net: nn.Module, loss: Loss, *, max_grad_norm: float | None, most_images: int = 32
+    net: nn.Module,
+    loss: Loss,
+    *,
+    max_grad_norm: float | None,
+    most_images: int = 32,
+    clipping: Clipping = "flat",
 ) -> Iterator[GradientOf]:
     """Yield sums of clipped patient gradients, from one backward pass a chunk.
 
@@ -39,16 +56,23 @@ def bookkeeping_engine(
         objections.append("expected some parameters to train, all are frozen")
     if objections:
         raise ValueError("; ".join(objections))
-    yield _Chunks(net, loss, max_grad_norm, most_images).sums
+    factors_of = partial(clip_factors, max_grad_norm=max_grad_norm, clipping=clipping)
+    yield _Chunks(net, loss, factors_of, most_images).sums
 
 
 class _Chunks:
     """One net's way through its batches: by book while that can be trusted, else one by one."""
 
-    def __init__(self, net: nn.Module, loss: Loss, max_grad_norm: float, most_images: int) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        loss: Loss,
+        factors_of: Callable[[Tensor], Tensor],
+        most_images: int,
+    ) -> None:
         self.net = net
         self.loss = loss
-        self.max_grad_norm = max_grad_norm
+        self.factors_of = factors_of
         self.most_images = most_images
         self.names = {p: n for n, p in net.named_parameters() if p.requires_grad}
         self.tried: set[torch.Size] = set()
@@ -107,7 +131,7 @@ class _Chunks:
                 torch.autograd.grad(value, book.firsts, allow_unused=True)
                 self._refuse_holes(book.uses, book.answered)
                 norms = book.norms()
-                factors = _factors(norms, self.max_grad_norm)
+                factors = self.factors_of(norms)
                 gradients = [book.weighted(p, factors) for p in self.names]
         found = Sums(gradients, float(torch.nan_to_num(value.detach())), 0)
         doubtful = norms.isfinite().logical_not().nonzero().flatten().tolist()
@@ -142,7 +166,7 @@ class _Chunks:
             self._refuse_holes(reached, reached)
             gradients = [g for g in found if g is not None]
             norm = torch.stack([g.double().norm() for g in gradients]).norm()
-            factor = float(_factors(norm, self.max_grad_norm))
+            factor = float(self.factors_of(norm))
             num_non_finite += factor == 0
             if factor:
                 for kept, new in zip(total, gradients, strict=True):
@@ -266,11 +290,3 @@ def _leaf(node: Node) -> Tensor | None:
         return None
     variable: Tensor = node.variable  # type: ignore[attr-defined]
     return variable
-
-
-def _factors(norms: Tensor, max_grad_norm: float) -> Tensor:
-    """Return what each patient's gradient is multiplied by, 0 where not finite."""
-    factors = (max_grad_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
-    # A hair below one, so that rounding in float32 never lifts a clipped norm over the bound.
-    factors = torch.where(factors < 1, factors * (1 - 2e-6), factors)
-    return torch.where(norms.isfinite(), factors, torch.zeros_like(factors))

@@ -47,6 +47,34 @@ class Task(NamedTuple):
     picture: Callable[[Tensor, Tensor, Tensor], tuple[Pixels, str]]
 
 
+def objection_to_loss(task: Task, *, spatial_dims: int) -> str | None:
+    """Say how the task's loss breaks its contract over four made-up images, if it does.
+
+    A patient's gradient must be that patient's own. A loss that compares images with each other
+    (contrastive, ranking) or with their mean has none, and clipping does not bound what one patient
+    changes. A probe, no proof: what differs by less than rounding is not seen.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    size = (8,) * spatial_dims if task.label_kind == "map" else ()
+    outputs = torch.randn((4, task.num_outputs, *size), generator=generator)
+    targets = (torch.arange(4) % 2).view(4, *(1 for _ in size)).expand(4, *size)  # two of a kind
+    together = task.loss(outputs, targets)
+    if together.shape != (4,):
+        return (
+            f"expected a loss of one number per image, (4,), got {tuple(together.shape)}; average "
+            "over each image's own voxels and over nothing else"
+        )
+    alone = torch.cat([task.loss(outputs[i : i + 1], targets[i : i + 1]) for i in range(4)])
+    if torch.allclose(together, alone, rtol=1e-4, atol=1e-5, equal_nan=True):
+        return None
+    return (
+        "expected a loss in which no image changes another's, got one that mixes them, as "
+        "contrastive and ranking losses do; score every image by itself"
+    )
+
+
 def grey(image: Tensor) -> Pixels:
     """Return a 2-D image (y, x), or the middle slice of a 3-D one, as uint8 RGB (y, x, 3)."""
     plane = image[image.shape[0] // 2] if image.ndim == 3 else image

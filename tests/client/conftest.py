@@ -18,8 +18,9 @@ from PIL.PngImagePlugin import PngInfo
 from client import config as configs
 from client import setup
 from client.config import SiteConfig
+from shared_models.contracts import Approval, Countersignature
 from shared_models.plan import StudyPlan
-from shared_models.signing import create_key, public_key
+from shared_models.signing import create_key, digest, public_key, sign
 
 #: Stands wherever a patient could be recognized; it must never be found anywhere else.
 MARK = "MARKED-7731"
@@ -165,3 +166,24 @@ def _changed(data: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
             inner = inner[parent]
         inner[last] = value
     return data
+
+
+@pytest.fixture(scope="session")
+def countersign() -> Callable[..., Countersignature]:
+    """Return what makes a site's countersignature over a plan; keywords change the approval."""
+
+    def make(
+        plan: StudyPlan, name: str, *, key: Ed25519PrivateKey, mask_key: str | None, **changed: Any
+    ) -> Countersignature:
+        fields: dict[str, Any] = {
+            "study": digest(plan),
+            "site": name,
+            "decision": "approved",
+            "who": f"Dr. {name}",
+            "when": datetime(2026, 3, 1, tzinfo=UTC),
+            "mask_key": mask_key,
+        }
+        approval = Approval.model_validate(fields | changed)
+        return Countersignature(approval=approval, signature=sign(approval, key=key))
+
+    return make

@@ -13,15 +13,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from client import config as configs
-from client import ledger, studies, train
-from client.answer import NO_STUDY, Site, answer, device_of, open_site, rehearse
-from shared_models import nets
-from shared_models.contracts import Refusal, RoundOrder, SiteReply
+from client import ledger, outbox, peers, studies, train
+from client.answer import NO_STUDY, Site, answer, device_of, introduce, open_site, rehearse
+from client.masks import label_of
+from shared_models import masking, nets
+from shared_models.contracts import Countersignature, Refusal, RoundOrder, SiteReply
 from shared_models.errors import ConsiliaError, DocumentError
+from shared_models.masking import GRID, LARGEST, masked, public_mask_key
 from shared_models.nets.base import weights_of
 from shared_models.plan import SignedPlan, StudyPlan, event_of
 from shared_models.privacy import epsilon, spent
@@ -65,7 +68,7 @@ class House(NamedTuple):
         return unseal(answer(letter, self.site), key=public_key(self.site.key))
 
     def charged(self) -> list[tuple[int, str, int]]:
-        entries = ledger.read(self.site.config.state_dir)
+        entries = ledger.read(self.site.config.state_dir).reservations
         return [(entry.round_, entry.event.purpose, entry.event.steps) for entry in entries]
 
 
@@ -162,24 +165,36 @@ def test_an_order_to_train_alone_keeps_the_model_and_answers_its_metrics(house: 
     assert reply.update_digest is None
     assert reply.evaluation is not None
     assert house.charged() == [(3, "alone", 6)]
-    first = house.ask("evaluate", 3)
+
+
+def test_training_alone_answers_the_metrics_of_the_model_it_trained(house_of: Houses) -> None:
+    """Without privacy, so that what the training gives does not depend on chance."""
+    changes = {"privacy": None, "training.learning_rate": 0.5}, {"allow_without_privacy": True}
+    house = house_of(*changes)
+    alone, first = house.ask("alone", 3), house.ask("evaluate", 3)
+    assert isinstance(alone, SiteReply)
     assert isinstance(first, SiteReply)
-    assert reply.evaluation != first.evaluation
+    assert alone.evaluation is not None
+    assert alone.evaluation != first.evaluation
 
 
-@pytest.mark.parametrize(("kind", "num_trainings"), [("train", 1), ("alone", 3)])
+@pytest.mark.parametrize(("kind", "rounds"), [("train", [0]), ("alone", [0, 1, 2])])
 def test_only_training_patients_are_trained_on(
-    kind: str, num_trainings: int, house: House, trainings: list[Any]
+    kind: str, rounds: list[int], house: House, trainings: list[Any]
 ) -> None:
     house.ask(kind)
-    assert [len(given_["patients"]) for given_ in trainings] == [12] * num_trainings
-    assert [given_["round_"] for given_ in trainings] == list(range(num_trainings))
+    (given_,) = trainings
+    assert len(given_["patients"]) == 12
+    assert list(given_["rounds"]) == rounds
 
 
-def test_the_same_order_gives_the_same_update_without_privacy(house_of: Houses) -> None:
+def test_the_same_order_gives_the_same_update_without_privacy(
+    house_of: Houses, tmp_path: Path
+) -> None:
     updates = []
-    for _ in range(2):
-        house = house_of({"privacy": None}, {"allow_without_privacy": True})
+    for name in ("first", "second"):
+        changes = {"privacy": None}, {"allow_without_privacy": True}
+        house = house_of(*changes, state_dir=tmp_path / name)
         reply, update = house.hear(house.letter(round_=1))
         assert isinstance(reply, SiteReply)
         assert reply.train_loss is not None
@@ -199,15 +214,18 @@ def test_an_update_is_what_training_added_to_the_weights_sent(house_of: Houses) 
         study.cohort["train"],
         plan=plan,
         task=study.task,
-        round_=1,
+        rounds=[1],
         randomness=train.randomness_of(plan, site="north", round_=1, purpose="train"),
         performance=train.Performance(),
     )
     assert np.array_equal(update, flatten(weights_of(net)) - house.weights)
 
 
-def test_the_same_order_gives_another_update_with_privacy(house: House) -> None:
-    updates = [house.hear(house.letter())[1] for _ in range(2)]
+def test_training_again_gives_another_update_with_privacy(house: House) -> None:
+    updates = []
+    for _ in range(2):
+        updates.append(house.hear(house.letter())[1])
+        kept(house).unlink()
     assert not np.array_equal(*updates)
 
 
@@ -243,8 +261,10 @@ def test_the_whole_planned_study_fits_into_the_epsilon_it_states(house_of: House
     said = [house.ask("train", round_) for round_ in range(3)]
     said += [house.ask("evaluate", 3), house.ask("alone", 3)]
     assert all(isinstance(reply, SiteReply) for reply in said)
-    assert spent(ledger.read(house.site.config.state_dir), delta=0.01).epsilon == cost
-    assert refused(house.ask("train", 2)) == "budget"
+    entries = ledger.read(house.site.config.state_dir).reservations
+    assert spent(entries, delta=0.01).epsilon == cost
+    assert refused(house._replace(weights=house.weights * 2).ask("train", 2)) == "budget"
+    assert house.ask("train", 2) == said[2]  # which costs nothing
 
 
 # --- the ledger comes first
@@ -282,7 +302,7 @@ def test_performance_settings_do_not_change_what_is_charged(house_of: Houses) ->
         faster = config.performance.model_copy(update={"most_images": most_images})
         house = house_of(performance=faster, state_dir=config.state_dir / str(most_images))
         assert isinstance(house.ask(), SiteReply)
-        charged.append([e.event for e in ledger.read(house.site.config.state_dir)])
+        charged.append([e.event for e in ledger.read(house.site.config.state_dir).reservations])
     assert charged[0] == charged[1] != []
 
 
@@ -315,16 +335,418 @@ def test_a_broken_ledger_trains_nothing(house: House, trainings: list[Any]) -> N
     assert isinstance(house.ask(), SiteReply)
     assert len(trainings) == 1
     file = house.site.config.state_dir / ledger.FILE
-    file.write_bytes(file.read_bytes()[:-1])
-    assert refused(house.ask("train", 1)) == "budget"
+    file.write_bytes(file.read_bytes().replace(b"poisson", b"shuffle"))
+    for round_ in (0, 1):
+        assert refused(house.ask("train", round_)) == "budget"
     assert len(trainings) == 1
+
+
+def test_what_a_crash_left_of_a_line_stops_nothing(house: House) -> None:
+    assert isinstance(house.ask(), SiteReply)
+    with (house.site.config.state_dir / ledger.FILE).open("ab") as handle:
+        handle.write(b'{"kind":"reserv')
+    assert isinstance(house.ask("train", 0), SiteReply)
+    assert isinstance(house.ask("train", 1), SiteReply)
+    assert house.charged() == [(0, "train", 2), (1, "train", 2)]
 
 
 def test_the_ledger_outlives_the_agent(house_of: Houses) -> None:
     cost = epsilon([event_of(house_of().plan, steps=12)], delta=0.01)
-    for _ in range(3):
-        assert isinstance(house_of({"privacy.epsilon": cost}).ask("train", 0), SiteReply)
+    for round_ in range(3):
+        assert isinstance(house_of({"privacy.epsilon": cost}).ask("train", round_), SiteReply)
     assert len(house_of({"privacy.epsilon": cost}).charged()) == 3
+
+
+# --- an order given again
+
+
+def kept(house: House, kind: str = "train") -> Path:
+    """Return the file of the last reply to an order of ``kind``."""
+    return house.site.config.state_dir / "outbox" / f"{digest(house.plan)}.{kind}"
+
+
+def attempts(house: House) -> list[int]:
+    return [e.attempt for e in ledger.read(house.site.config.state_dir).reservations]
+
+
+@pytest.mark.parametrize("is_private", [True, False])
+@pytest.mark.parametrize("kind", ["train", "alone"])
+def test_an_order_given_again_is_answered_with_the_same_bytes_for_nothing(
+    kind: str, is_private: bool, house_of: Houses, trainings: list[Any]
+) -> None:
+    changes = {} if is_private else {"privacy": None}, {"allow_without_privacy": not is_private}
+    house = house_of(*changes)
+    first = answer(house.letter(kind, 1), house.site)
+    assert first.kind == "reply"
+    num_trainings, charged = len(trainings), house.charged()
+    later = {"issued_at": NOW + timedelta(hours=1), "expires_at": NOW + timedelta(hours=3)}
+    for site in (house.site, house_of(*changes).site):  # the same agent, and one started anew
+        assert answer(house.letter(kind, 1, **later), site) == first
+        assert site.last_round == {(digest(house.plan), kind): 1}
+    assert len(trainings) == num_trainings
+    assert house.charged() == charged
+
+
+def test_the_commit_names_the_reply_that_left(house: House) -> None:
+    replies = [house.ask(), house.ask("alone", 3)]
+    commits = ledger.read(house.site.config.state_dir).commits
+    assert [c.reply for c in commits] == [digest(reply) for reply in replies]
+    assert [(c.round_, c.purpose, c.attempt) for c in commits] == [(0, "train", 0), (3, "alone", 0)]
+
+
+def cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def lose_the_commit(file: Path) -> None:
+    lines = (file.parents[1] / ledger.FILE).read_bytes().splitlines(keepends=True)
+    (file.parents[1] / ledger.FILE).write_bytes(lines[0])
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut_short, flip_a_bit, lose_the_commit])
+def test_an_order_given_again_is_charged_again_if_its_reply_was_lost(
+    damage: Callable[[Path], None], house: House, trainings: list[Any]
+) -> None:
+    first = answer(house.letter(), house.site)
+    damage(kept(house))
+    again = answer(house.letter(), house.site)
+    assert again.kind == "reply"
+    assert again.buckets != first.buckets
+    assert len(trainings) == 2
+    assert attempts(house) == [0, 1]
+    assert answer(house.letter(), house.site) == again  # the newest is kept
+
+
+def test_an_order_with_other_weights_is_charged_again(house: House) -> None:
+    first = answer(house.letter(), house.site)
+    other = house._replace(weights=house.weights * 2)
+    assert answer(other.letter(), house.site).document != first.document
+    assert attempts(house) == [0, 1]
+
+
+def test_an_order_given_again_under_other_rules_is_charged_again(house_of: Houses) -> None:
+    house = house_of()
+    assert isinstance(house.ask(), SiteReply)
+    stricter = house_of({}, {"metrics": ("auc",)})
+    said = stricter.ask()
+    assert isinstance(said, SiteReply)
+    assert said.evaluation is not None
+    assert set(said.evaluation.metrics) == {"auc"}
+    assert attempts(house) == [0, 1]
+
+
+def test_an_order_given_again_is_checked_like_any_other(house_of: Houses) -> None:
+    house = house_of()
+    assert isinstance(house.ask("train", 1), SiteReply)
+    assert refused(house.ask("train", 1, expires_at=NOW - timedelta(seconds=1))) == "expired"
+    letter = house.letter("train", 1)
+    assert refused(house.hear(letter._replace(signature="00" * 64))[0]) == "bad-signature"
+    strict = house_of({}, {"max_epsilon_per_study": 1.0}, is_approved=False)
+    assert refused(strict.ask("train", 1)) == "policy"
+    approval = house.site.config.state_dir / "studies" / digest(house.plan) / "approval.json"
+    approval.unlink()
+    assert refused(house.ask("train", 1)) == "not-approved"
+    assert attempts(house) == [0]
+
+
+def test_a_metric_is_computed_again_and_not_kept(house: House) -> None:
+    assert isinstance(house.ask("evaluate"), SiteReply)
+    assert not kept(house, "evaluate").exists()
+
+
+@pytest.mark.parametrize("step", ["keep", "commit"])
+def test_a_reply_that_cannot_be_kept_and_committed_does_not_leave(
+    step: str, house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(*((outbox, "keep") if step == "keep" else (ledger, "commit")), full)
+    letter = answer(house.letter(), house.site)
+    assert letter.kind == "refusal"
+    assert letter.buckets == ()
+    assert attempts(house) == [0]
+    monkeypatch.undo()
+    assert isinstance(house.ask(), SiteReply)
+    assert attempts(house) == [0, 1]
+
+
+# --- secure aggregation
+
+SECURE = {
+    "sites": ["north", "south", "west"],
+    "rounds.secure_aggregation": True,
+    "rounds.quorum": 2,
+    "training.steps_per_round": 1,
+}
+PEERS = {n: Ed25519PrivateKey.from_private_bytes(n.ljust(32).encode()) for n in ("south", "west")}
+MASKS = {n: X25519PrivateKey.from_private_bytes(n.ljust(32).encode()) for n in ("south", "west")}
+
+
+class Secure(NamedTuple):
+    """A site under a secure plan, and the countersignatures of all that take part."""
+
+    house: House
+    participants: tuple[Countersignature, ...]
+
+    def order(self, round_: int = 0, **changed: Any) -> RoundOrder:
+        return self.house.order("train", round_, participants=self.participants, **changed)
+
+    def letter(self, round_: int = 0, **changed: Any) -> Letter:
+        order = self.order(round_, **changed)
+        return seal(order, key=self.house.coordinator, vector=self.house.weights)
+
+    def answer(self, round_: int = 0, **changed: Any) -> Letter:
+        return answer(self.letter(round_, **changed), self.house.site)
+
+    def ask(self, round_: int = 0, **changed: Any) -> tuple[Any, Array | None]:
+        return self.house.hear(self.letter(round_, **changed))
+
+    def masks_of_the_others(self, size: int, **changed: Any) -> Any:
+        """Return what the other two would send if their updates were all zeros."""
+        keys = {c.approval.site: str(c.approval.mask_key) for c in self.participants}
+        total = np.zeros(size, np.uint64)
+        for name, own in MASKS.items():
+            total += masked(
+                np.zeros(size),
+                own=own,
+                peers=[key for other, key in keys.items() if other != name],
+                label=label_of(self.order(**changed)),
+            )
+        return total
+
+
+@pytest.fixture
+def secure_of(house_of: Houses, countersign, tmp_path: Path) -> Callable[..., Secure]:
+    """Return what makes a site that trusts two others, with changes in its plan."""
+
+    def make(plan: dict[str, Any] | None = None, policy: dict[str, Any] | None = None) -> Secure:
+        known = tmp_path / "peers.toml"
+        for name, key in PEERS.items():
+            peers.trust(known, name=name, key=public_key(key))
+        house = house_of(SECURE | (plan or {}), {"peers": known} | (policy or {}))
+        folder = house.site.config.state_dir / "studies" / digest(house.plan)
+        own = Countersignature.model_validate_json((folder / "approval.json").read_bytes())
+        others = [
+            countersign(house.plan, n, key=key, mask_key=public_mask_key(MASKS[n]))
+            for n, key in PEERS.items()
+        ]
+        return Secure(house, (own, *others))
+
+    return make
+
+
+def test_a_site_under_a_secure_plan_answers_with_a_masked_vector(
+    secure_of: Callable[..., Secure],
+) -> None:
+    secure = secure_of()
+    reply, vector = secure.ask()
+    assert isinstance(reply, SiteReply)
+    assert reply.is_masked
+    assert vector is not None
+    assert (vector.dtype, vector.shape) == (np.dtype("<u8"), secure.house.weights.shape)
+    assert reply.update_digest == digest_of(vector)
+    assert reply.privacy is not None
+    assert np.abs(opened_sum(vector)).mean() > LARGEST
+
+
+def test_the_masked_update_is_what_training_added_times_the_patients(
+    secure_of: Callable[..., Secure],
+) -> None:
+    """Without privacy training can be repeated, so that what was hidden is known."""
+    changes = {"privacy": None}, {"allow_without_privacy": True}
+    secure = secure_of(*changes)
+    reply, vector = secure.ask(1)
+    assert isinstance(reply, SiteReply)
+    assert vector is not None
+    house, net = (
+        secure.house,
+        nets.make("densenet", secure.house.plan.net.params, num_outputs=2, seed=1),
+    )
+    study = house.site.studies[digest(house.plan)]
+    train.train(
+        net,
+        study.cohort["train"],
+        plan=house.plan,
+        task=study.task,
+        rounds=[1],
+        randomness=train.randomness_of(house.plan, site="north", round_=1, purpose="train"),
+        performance=train.Performance(),
+    )
+    update = flatten(weights_of(net)) - house.weights
+    found = opened_sum(vector + secure.masks_of_the_others(len(vector), round_=1))
+    assert np.abs(found).max() > 0
+    assert found == pytest.approx(12 * update.astype(float), abs=GRID)
+
+
+def opened_sum(total: Any) -> Any:
+    return masking.opened(total.astype(np.uint64))
+
+
+def test_the_same_order_under_a_secure_plan_gives_the_same_bytes(
+    secure_of: Callable[..., Secure], trainings: list[Any]
+) -> None:
+    secure = secure_of()
+    first = secure.answer()
+    assert first.kind == "reply"
+    later = {"issued_at": NOW + timedelta(hours=1), "expires_at": NOW + timedelta(hours=3)}
+    assert secure.answer(**later) == first
+    assert len(trainings) == 1
+    assert attempts(secure.house) == [0]
+
+
+def test_the_same_order_whose_reply_was_lost_is_refused_for_its_mask_is_used(
+    secure_of: Callable[..., Secure], trainings: list[Any]
+) -> None:
+    secure = secure_of()
+    assert secure.answer().kind == "reply"
+    kept(secure.house).unlink()
+    assert refused(secure.ask()[0]) == "out-of-order"
+    assert len(trainings) == 1
+    assert attempts(secure.house) == [0]
+
+
+def test_another_attempt_is_charged_again_and_has_a_new_mask_and_new_noise(
+    secure_of: Callable[..., Secure], trainings: list[Any]
+) -> None:
+    secure = secure_of()
+    vectors = [secure.ask(attempt=attempt)[1] for attempt in range(2)]
+    assert vectors[0] is not None
+    assert vectors[1] is not None
+    assert attempts(secure.house) == [0, 1]
+    assert len(trainings) == 2
+    assert np.abs(opened_sum(vectors[0] - vectors[1])).mean() > LARGEST
+    size = len(secure.house.weights)
+    updates = [
+        opened_sum(v + secure.masks_of_the_others(size, attempt=attempt))
+        for attempt, v in enumerate(vectors)
+    ]
+    assert all(np.abs(update).max() < 1e3 for update in updates)
+    assert not np.allclose(*updates)
+
+
+def test_training_that_failed_after_its_mask_was_noted_takes_another_attempt(
+    secure_of: Callable[..., Secure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secure = secure_of()
+
+    def failing(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", failing)
+        assert refused(secure.ask()[0]) == "failed"
+    assert refused(secure.ask()[0]) == "out-of-order"
+    assert isinstance(secure.ask(attempt=1)[0], SiteReply)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code"),
+    [
+        (lambda secure: secure._replace(participants=()), "bad-order"),
+        (lambda secure: secure._replace(participants=secure.participants[1:]), "bad-order"),
+        (lambda secure: secure._replace(participants=secure.participants[:1]), "bad-order"),
+        (
+            lambda secure: (secure.house.site.config.policy.peers.write_text(""), secure)[1],
+            "policy",
+        ),
+    ],
+    ids=["nobody", "the others only", "this site only", "nobody is trusted"],
+)
+def test_without_peers_to_hide_among_nothing_is_trained_or_charged(
+    spoil: Callable[[Secure], Secure],
+    code: str,
+    secure_of: Callable[..., Secure],
+    trainings: list[Any],
+) -> None:
+    secure = spoil(secure_of())
+    assert refused(secure.ask()[0]) == code
+    assert trainings == []
+    assert secure.house.charged() == []
+
+
+def test_peers_no_longer_trusted_end_the_updates_of_a_study_begun(
+    secure_of: Callable[..., Secure],
+) -> None:
+    secure = secure_of()
+    assert isinstance(secure.ask()[0], SiteReply)
+    secure.house.site.config.policy.peers.write_text("")
+    assert refused(secure.ask(1)[0]) == "peers"
+    assert secure.house.charged() == [(0, "train", 1)]
+
+
+def test_participants_of_a_plan_without_secure_aggregation_change_nothing(
+    house: House, secure_of: Callable[..., Secure]
+) -> None:
+    reply = house.ask(participants=secure_of().participants)
+    assert isinstance(reply, SiteReply)
+    assert not reply.is_masked
+
+
+# --- the noise a site adds by itself
+
+
+@pytest.fixture
+def deviations(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return a list that grows by the deviation of each noise that is added."""
+    added: list[float] = []
+    real = train.add_noise
+
+    def spied(sums: Any, **given_: Any) -> Any:
+        added.append(given_["noise_multiplier"] * given_["max_grad_norm"])
+        return real(sums, **given_)
+
+    monkeypatch.setattr(train, "add_noise", spied)
+    return added
+
+
+@pytest.mark.parametrize("noise_shares", [1, 2, 3])
+def test_a_round_of_training_adds_this_sites_share_of_the_noise_and_training_alone_all_of_it(
+    noise_shares: int, secure_of: Callable[..., Secure], deviations: list[float]
+) -> None:
+    secure = secure_of(
+        {"privacy.noise_shares": noise_shares, "privacy.max_grad_norm": 0.5, "rounds.quorum": 3}
+    )
+    reply, _ = secure.ask()
+    assert isinstance(reply, SiteReply)
+    assert deviations == [pytest.approx(2.0 * 0.5 / noise_shares**0.5, rel=1e-12)]
+    assert noise_shares * (deviations[0] / 0.5) ** 2 >= 4.0 * (1 - 1e-15)
+    assert reply.privacy is not None
+    assert reply.privacy.noise_shares == noise_shares
+    assert (reply.privacy.epsilon_unmasked is None) == (noise_shares == 1)
+    deviations.clear()
+    assert isinstance(secure.house.ask("alone", 3), SiteReply)
+    assert deviations == [2.0 * 0.5] * 3
+    events = [e.event for e in ledger.read(secure.house.site.config.state_dir).reservations]
+    assert [(e.purpose, e.noise_shares) for e in events] == [("train", noise_shares), ("alone", 1)]
+
+
+# --- the start a plan states
+
+
+@pytest.mark.parametrize("kind", ["train", "alone"])
+def test_weights_other_than_the_start_the_plan_states_are_refused(
+    kind: str, house_of: Houses
+) -> None:
+    start = digest_of(house_of().weights)
+    house = house_of({"start": start})
+    other = house._replace(weights=house.weights * 2)
+    assert code_of(house, other.letter(kind)) == "bad-order"
+    assert isinstance(house.ask(kind), SiteReply)
+
+
+def test_later_rounds_and_evaluations_begin_with_other_weights_than_the_start(
+    house_of: Houses,
+) -> None:
+    house = house_of({"start": "ab" * 32})
+    assert isinstance(house.ask("train", 1), SiteReply)
+    assert isinstance(house.ask("evaluate", 3), SiteReply)
 
 
 # --- orders that are refused
@@ -483,6 +905,28 @@ def test_delta_must_be_below_one_over_the_patients(
         assert isinstance(house.ask(), SiteReply)
     else:
         assert code_of(house, house.letter()) == "policy"
+
+
+def test_a_net_in_which_patients_meet_is_refused(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.probe.mixes_images", lambda net, images: len(images) == 2)
+    assert code_of(house, house.letter()) == "policy"
+
+
+@pytest.mark.parametrize(
+    ("change", "cure"),
+    [
+        ({"min_patients": 13}, "expected at least 13 patients to train on, got 12; list more"),
+        ({"privacy.delta": 0.09}, "got 0.09; ask for a plan with a smaller one"),
+    ],
+)
+def test_the_sites_log_tells_the_cure(
+    change: dict[str, Any], cure: str, house_of: Houses, caplog: pytest.LogCaptureFixture
+) -> None:
+    house = house_of(change, {"max_delta": 0.5})
+    code_of(house, house.letter())
+    assert cure in caplog.text
 
 
 def test_a_broken_image_is_refused(hospital, house: House, mark: str) -> None:
@@ -644,7 +1088,7 @@ def test_a_patient_left_out_for_a_non_finite_gradient_is_told_to_the_log_only(
     study.cohort["train"][0].images[:] = np.nan
     letters = [answer(house.letter("alone"), house.site)]
     assert letters[0].kind == "reply"
-    assert "not finite and left out" in caplog.text
+    assert "not finite, left out" in caplog.text
     assert "finite" not in letters[0].document
 
 
@@ -655,6 +1099,16 @@ def test_an_opened_site_answers_as_its_site_toml_says(house: House, hospital) ->
     answering = open_site(hospital.config_file)
     reply, _ = unseal(answering(house.letter()), key=public_key(hospital.key))
     assert isinstance(reply, SiteReply)
+
+
+def test_an_opened_site_has_put_its_ledger_right(house: House, hospital) -> None:
+    assert isinstance(house.ask(), SiteReply)
+    file = house.site.config.state_dir / ledger.FILE
+    with file.open("ab") as handle:
+        handle.write(b'{"kind":"reserv')
+    open_site(hospital.config_file)
+    assert len(house.charged()) == 1
+    assert file.with_name(ledger.TORN).read_bytes() == b'{"kind":"reserv\n'
 
 
 def test_a_site_without_its_key_cannot_be_opened(hospital) -> None:
@@ -673,11 +1127,17 @@ def test_a_rehearsal_is_neither_charged_nor_mistaken_for_the_study(
 ) -> None:
     house = house_of(is_approved=False)
     ours = public_key(house.coordinator)
-    seat = rehearse(hospital.config_file, signed=signed, coordinator=ours, state_dir=tmp_path / "r")
+    seat = rehearse(
+        hospital.config_file,
+        signed=signed,
+        coordinator=ours,
+        state_dir=tmp_path / "r",
+        trusted=dict([introduce(hospital.config_file)]),
+    )
     assert (seat.name, seat.public_key) == ("north", public_key(hospital.key))
     reply, _ = unseal(seat.answer(house.letter()), key=seat.public_key)
     assert isinstance(reply, SiteReply)
-    assert len(ledger.read(tmp_path / "r" / "north")) == 1
+    assert len(ledger.read(tmp_path / "r" / "north").reservations) == 1
     assert not (hospital.folder / "state").exists()
     assert code_of(house, house.letter()) == "not-approved"
 
@@ -689,7 +1149,11 @@ def test_a_site_that_objects_does_not_rehearse(
     signed = SignedPlan(plan, sign(plan, key=coordinator_key))
     with pytest.raises(ConsiliaError) as caught:
         rehearse(
-            hospital.config_file, signed=signed, coordinator=plan.coordinator, state_dir=tmp_path
+            hospital.config_file,
+            signed=signed,
+            coordinator=plan.coordinator,
+            state_dir=tmp_path,
+            trusted={},
         )
     assert len(caught.value.objections) == 2
     assert all(objection.startswith("north: ") for objection in caught.value.objections)

@@ -15,8 +15,9 @@ from click.testing import Result
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from typer.testing import CliRunner
 
-from client import config, ledger, studies
+from client import config, ledger, peers, studies
 from client.cli import app
+from shared_models import audit
 from shared_models import plan as plans
 from shared_models.contracts import Countersignature
 from shared_models.errors import ConsiliaError, DocumentError, LedgerError
@@ -169,6 +170,39 @@ def test_approve_without_the_sites_key_approves_nothing(hospital, plan_file: Pla
     assert not (hospital.folder / "state").exists()
 
 
+# --- trust
+
+
+def trusted(hospital) -> dict[str, str]:
+    return peers.read(config.read(hospital.config_file).policy.peers)
+
+
+def test_trust_adds_the_peers_named_and_says_so(hospital) -> None:
+    pairs = [f"south={'ab' * 32}", f"west={'cd' * 32}"]
+    found = run("trust", *pairs, "--config", hospital.config_file)
+    assert (found.exit_code, found.output) == (0, "trusted: south\ntrusted: west\n")
+    assert trusted(hospital) == {"south": "ab" * 32, "west": "cd" * 32}
+    assert (hospital.folder / "peers.toml").exists()
+
+
+@pytest.mark.parametrize("pair", ["south", "south=", "=" + "ab" * 32, "south=abc", "so/uth=" + "0"])
+def test_trust_refuses_what_is_no_name_and_key(pair: str, hospital) -> None:
+    found = run("trust", pair, "--config", hospital.config_file)
+    assert isinstance(found.exception, DocumentError)
+    assert trusted(hospital) == {}
+
+
+def test_trust_is_what_a_plan_with_secure_aggregation_asks_for(
+    hospital, plan_file: PlanFiles
+) -> None:
+    plan = plan_file({"rounds.secure_aggregation": True, "rounds.quorum": 2})
+    before = run("judge", plan, "--config", hospital.config_file)
+    assert before.exit_code == 1
+    assert "consilia-site trust" in before.output
+    run("trust", f"south={'ab' * 32}", "--config", hospital.config_file)
+    assert run("judge", plan, "--config", hospital.config_file).exit_code == 0
+
+
 # --- budget
 
 
@@ -210,6 +244,16 @@ def test_budget_tells_machines_the_same(hospital, charged: dict[str, float]) -> 
     }
 
 
+def test_the_auditor_computes_the_numbers_the_site_shows(
+    hospital, charged: dict[str, float]
+) -> None:
+    assert charged
+    shown = run("budget", "--config", hospital.config_file, "--json")
+    file = hospital.folder / "state" / ledger.FILE
+    computed = CliRunner().invoke(audit.app, ["epsilon", str(file), "--json"])
+    assert computed.output == shown.output
+
+
 def test_budget_of_a_new_site_is_untouched(hospital) -> None:
     found = run("budget", "--config", hospital.config_file)
     assert found.output.splitlines()[0] == "all studies         epsilon 0.0000 of 8"
@@ -222,7 +266,9 @@ def test_budget_of_a_broken_ledger_has_its_own_exit_code(hospital) -> None:
         handle.write('{"study"')
     found = process("budget", "--config", hospital.config_file)
     assert found.returncode == LedgerError.exit_code
-    assert found.stderr == "the ledger's last line was cut short; have it checked by hand\n"
+    assert found.stderr == (
+        "the ledger's last line was cut short; the site puts it right when its agent starts\n"
+    )
     assert found.stdout == ""
 
 

@@ -73,7 +73,7 @@ def test_every_path_is_made_absolute(site_text: str, tmp_path: Path) -> None:
         for value in dict(part).values()
         if isinstance(value, Path)
     ]
-    assert len(found) == 6
+    assert len(found) == 7
     assert all(path.is_absolute() for path in found)
 
 

@@ -248,14 +248,42 @@ def test_the_noise_has_the_deviation_multiplier_times_norm(
 
 
 def test_noise_is_added_to_the_sums_and_is_its_own_in_every_place() -> None:
-    sums = [torch.full((2, 3), 7.0), torch.zeros(4)]
+    sums = [torch.full((2, 3), 7.0), torch.zeros(4), torch.tensor(1.0)]
     noisy = add_noise(sums, noise_multiplier=2.0, max_grad_norm=1.5, randomness=seeded(5))
     expected = seeded(5)
     for before, after in zip(sums, noisy, strict=True):
         noise = torch.from_numpy(expected.normal(before.numel())).view_as(before)
-        assert torch.equal(after, (before.double() + 3.0 * noise).float())
+        exact = before.double() + 3.0 * noise
+        assert (after.double() - exact).abs().max() <= 3.0 * 2.0**-20
         assert after.dtype == before.dtype
-    assert len(flat(noisy).unique()) == 10
+        assert after.shape == before.shape
+    assert len(flat(noisy).unique()) == 11
+    assert [float(before.max()) for before in sums] == [7.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(("deviation", "grid"), [(1.0, 2.0**-19), (3.0, 2.0**-18), (0.3, 2.0**-21)])
+@pytest.mark.parametrize("total", [0.0, 1e-30, 0.7, 1.9])
+def test_no_digit_released_is_finer_than_the_grid_whatever_the_sum(
+    deviation: float, grid: float, total: float
+) -> None:
+    sums = [torch.full((100_000,), total * deviation)]
+    (noisy,) = add_noise(sums, noise_multiplier=deviation, max_grad_norm=1.0, randomness=seeded(1))
+    near = noisy[noisy.abs() < 4 * deviation] / grid
+    assert len(near) > 90_000
+    assert torch.equal(near, near.round())
+    far = noisy[noisy.abs() >= 4 * deviation] / (grid / 2)
+    assert torch.equal(far, far.round())
+
+
+def test_noise_of_any_size_keeps_its_deviation() -> None:
+    for deviation in (1e-12, 1e12):
+        (noisy,) = add_noise(
+            [torch.zeros(20_000)],
+            noise_multiplier=deviation,
+            max_grad_norm=1.0,
+            randomness=seeded(1),
+        )
+        assert float(noisy.double().std() / deviation) == pytest.approx(1, abs=0.03)
 
 
 # --- every parameter, or none

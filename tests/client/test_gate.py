@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -24,6 +26,7 @@ from shared_models.contracts import (
     RoundOrder,
     SiteReply,
 )
+from shared_models.masking import GRID, LARGEST, masked, opened, public_mask_key
 from shared_models.privacy import statement
 from shared_models.tasks import segmentation
 from shared_models.weights import digest, flatten
@@ -414,3 +417,71 @@ def test_the_sites_name_is_its_own_whatever_the_order_says(plan_of, site_of) -> 
     passed = pass_out(sound(), order=order_of(), plan=plan_of(), site=site, schema=SCHEMA)
     assert isinstance(passed, tuple)
     assert passed[0].site == "south"
+
+
+# --- secure aggregation
+
+SECURE = {"rounds.secure_aggregation": True, "rounds.quorum": 2}
+OWN, OTHER = (X25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2))
+MASK = partial(masked, own=OWN, peers=[public_mask_key(OTHER)], label="a")
+
+
+@pytest.mark.parametrize("is_secure", [True, False])
+@pytest.mark.parametrize("has_mask", [True, False])
+def test_under_a_plan_with_secure_aggregation_no_update_leaves_without_its_mask(
+    has_mask: bool, is_secure: bool, passes: Passes
+) -> None:
+    answer = passes(sound(mask=MASK if has_mask else None), plan=SECURE if is_secure else {})
+    assert is_refused(answer) == (has_mask != is_secure)
+    if not is_refused(answer):
+        reply, vector = answer
+        assert reply.is_masked == has_mask
+        assert vector.dtype == (np.uint64 if has_mask else np.float32)
+        assert reply.update_digest == digest(vector)
+
+
+def test_what_leaves_under_a_mask_is_the_number_of_patients_times_the_update(
+    passes: Passes,
+) -> None:
+    update = {name: np.full(shape, 0.1, np.float32) for name, shape in SCHEMA}
+    _, vector = passes(sound(update=update, num_patients=12, mask=MASK), plan=SECURE)
+    zeros = np.zeros(weights_of.size_of(SCHEMA))
+    theirs = masked(zeros, own=OTHER, peers=[public_mask_key(OWN)], label="a")
+    expected = 12 * np.full(len(zeros), np.float32(0.1), np.float64)
+    assert opened(vector + theirs) == pytest.approx(expected, abs=GRID / 2)
+    assert not np.allclose(opened(vector), expected, atol=1.0)
+
+
+@pytest.mark.parametrize(("value", "leaves"), [(LARGEST / 16, True), (LARGEST / 15, False)])
+def test_a_number_too_large_to_be_masked_does_not_leave(
+    value: float, leaves: bool, passes: Passes
+) -> None:
+    update = update_of(a__bias=np.full(3, value, np.float32))
+    answer = passes(sound(update=update, num_patients=16, mask=MASK), plan=SECURE)
+    assert is_refused(answer) != leaves
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_mask_hides_no_number_that_is_not_finite(value: float, passes: Passes) -> None:
+    update = update_of(a__bias=np.full(3, value, np.float32))
+    used: list[Any] = []
+    answer = passes(sound(update=update, mask=lambda v: used.append(v) or MASK(v)), plan=SECURE)
+    assert is_refused(answer)
+    assert used == []
+
+
+def test_a_masked_update_is_measured_by_what_leaves(passes: Passes) -> None:
+    megabytes = weights_of.size_of(SCHEMA) * 8 / 2**20
+    result = sound(mask=MASK)
+    assert is_refused(passes(result, plan=SECURE, site={"policy.max_update_mb": megabytes * 0.99}))
+    assert not is_refused(passes(result, plan=SECURE, site={"policy.max_update_mb": megabytes}))
+
+
+@pytest.mark.parametrize("noise_shares", [1, 2])
+def test_a_statement_is_in_the_words_for_its_shares_of_noise(
+    noise_shares: int, passes: Passes
+) -> None:
+    said = statement((EVENT.model_copy(update={"noise_shares": noise_shares}),), delta=0.01)
+    assert not is_refused(passes(sound(privacy=said)))
+    other = said.model_copy(update={"noise_shares": 3 - noise_shares})
+    assert is_refused(passes(sound(privacy=other)))

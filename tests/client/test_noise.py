@@ -14,6 +14,8 @@ from scipy import stats
 
 from client import noise
 from client.noise import secure, seeded
+from shared_models.contracts import PrivacyEvent
+from shared_models.privacy import share_of
 
 NUM = 200_000
 #: A sound source fails a test below this share about once in a hundred million runs.
@@ -43,9 +45,9 @@ def test_normal_draws_are_normal(source) -> None:
 @sources
 def test_normal_draws_do_not_depend_on_each_other(source) -> None:
     draws = source.normal(NUM)
-    halves = draws[: NUM // 2], draws[NUM // 2 :]  # sines and cosines of the same angles
-    neighbours = draws[:-1], draws[1:]
-    for left, right in (halves, neighbours):
+    halves = draws[: NUM // 2], draws[NUM // 2 :]
+    lags = (1, 512, 512 * 8, 512 * 60)  # neighbours, and sums of the same sixty-four draws
+    for left, right in (halves, *((draws[:-lag], draws[lag:]) for lag in lags)):
         for power in (1, 2):
             assert stats.pearsonr(left**power, right**power).pvalue > CHANCE
 
@@ -74,11 +76,11 @@ def test_even_all_bits_set_stay_below_1(monkeypatch: pytest.MonkeyPatch) -> None
     assert np.isfinite(secure().normal(3)).all()
 
 
-@pytest.mark.parametrize("edge", [0.0, 1 - 2.0**-53])
-def test_the_box_muller_edges_are_finite(edge: float) -> None:
-    draws = noise._box_muller(lambda n: np.full(n, edge), 4)
+def test_the_edges_of_box_and_muller_are_finite() -> None:
+    edges = np.array([0, 1, 2**31 - 1, 2**31, 2**32 - 1], dtype=np.uint32)
+    draws = noise._pairs(np.array(np.meshgrid(edges, edges)).reshape(2, -1).astype(np.uint32))
     assert np.isfinite(draws).all()
-    assert np.abs(draws).max() < 9
+    assert np.abs(draws).max() < 7
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 1001])
@@ -94,11 +96,48 @@ def test_the_last_of_an_odd_number_is_as_wide_as_the_others() -> None:
     assert stats.kstest(last, "norm").pvalue > CHANCE
 
 
-def test_each_normal_draw_is_a_sum_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = iter([1.0, 2.0, 3.0, 6.0])
-    monkeypatch.setattr(noise, "_box_muller", lambda _, n: np.full(n, next(parts)))
-    assert secure().normal(2).tolist() == [6.0, 6.0]  # 12 over the root of 4
-    assert next(parts, None) is None
+def test_each_normal_draw_is_a_sum_of_sixty_four_and_they_cannot_be_solved_for() -> None:
+    matrix = noise._mixed(np.eye(64)).reshape(60, 64)
+    assert np.array_equal(np.abs(matrix), np.full((60, 64), 1 / 8))
+    assert np.array_equal(matrix @ matrix.T, np.eye(60))  # independent, and four are missing
+
+
+def test_what_is_dropped_is_never_drawn() -> None:
+    draws = np.random.default_rng(0).standard_normal((2, 32 * 5))
+    assert noise._mixed(draws).shape == (60 * 5,)
+
+
+def test_few_at_a_time_are_drawn_from_where_the_last_ended() -> None:
+    source = secure()
+    draws = np.concatenate([source.normal(n) for n in (1, 7, 30_000, 3, 40_000)])
+    assert len(np.unique(draws)) == len(draws) == 70_011
+
+
+def share(noise_multiplier: float, shares: int) -> float:
+    """Return what one of so many sites adds."""
+    return share_of(
+        PrivacyEvent(
+            sample_rate=0.5,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=1.0,
+            images_per_patient=1,
+            steps=1,
+            noise_shares=shares,
+        )
+    )
+
+
+@pytest.mark.parametrize(("sites", "told"), [(1, 0), (5, 0), (5, 1), (12, 3)])
+def test_the_shares_of_all_sites_less_those_that_tell_are_the_noise_accounted(
+    sites: int, told: int
+) -> None:
+    each = share(1.3, sites - told)
+    shares = [each * secure().normal(NUM) for _ in range(sites)]
+    unknown = np.sum(shares[told:], axis=0)
+    assert abs(unknown.var() / 1.3**2 - 1) < 6 * np.sqrt(2 / NUM)
+    assert abs(unknown.mean()) < 6 * 1.3 / np.sqrt(NUM)
+    assert stats.kstest(unknown / 1.3, "norm").pvalue > CHANCE
+    assert np.sum(shares, axis=0).var() > unknown.var() * 0.99
 
 
 def test_two_secure_sources_never_share_a_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from client import policy
+from client import peers, policy
 from client.policy import RULES, judge
 from shared_models.plan import planned_events
 from shared_models.privacy import epsilon
@@ -64,6 +65,12 @@ ALONE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"privacy.delta": 0.06},
         {},
         "privacy.delta: expected at most 0.05 at this site, got 0.06",
+    ),
+    "knows_peers": (
+        {"rounds.secure_aggregation": True, "rounds.quorum": 2},
+        {},
+        "rounds.secure_aggregation: this site trusts 0 of the plan's other sites, it must hide "
+        "among 1; compare their keys and add them with consilia-site trust",
     ),
 }
 
@@ -203,3 +210,40 @@ def test_a_plugin_the_site_does_not_list_is_unknown_here(plan_of, site_of) -> No
     site = site_of({"policy.nets": ["theirs"], "policy.plugins": ["nowhere==1.0"]})
     (found,) = judge(plan_of({"net.name": "theirs", "net.params": {}}), site, today=TODAY)
     assert found.startswith("net.name: no nets called 'theirs'; known: ")
+
+
+SECURE = {
+    "sites": ["north", "south", "west"],
+    "rounds.secure_aggregation": True,
+    "rounds.quorum": 3,
+    "training.steps_per_round": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("noise_shares", "names", "is_allowed"),
+    [
+        (1, [], False),
+        (1, ["east", "north"], False),
+        (1, ["west"], True),
+        (2, ["south"], True),
+        (3, ["south", "east"], False),
+        (3, ["south", "west"], True),
+    ],
+)
+def test_enough_of_the_plans_other_sites_must_be_trusted_to_hide_among(
+    noise_shares: int, names: list[str], is_allowed: bool, plan_of, site_of, tmp_path: Path
+) -> None:
+    site = site_of({"policy.peers": tmp_path / "peers.toml"})
+    for name in names:
+        peers.trust(site.policy.peers, name=name, key="ab" * 32)
+    plan = plan_of(SECURE | {"privacy.noise_shares": noise_shares})
+    assert (policy.knows_peers(plan, site) is None) == is_allowed
+    assert (judge(plan, site, today=TODAY) == []) == is_allowed
+
+
+def test_without_secure_aggregation_nobody_has_to_be_trusted(plan_of, site_of) -> None:
+    assert (
+        policy.knows_peers(plan_of(SECURE | {"rounds.secure_aggregation": False}), site_of())
+        is None
+    )

@@ -15,6 +15,7 @@ from client import studies
 from client.config import SiteConfig
 from shared_models import plan as plans
 from shared_models.contracts import Approval, Countersignature
+from shared_models.masking import load_mask_key, public_mask_key
 from shared_models.plan import SignedPlan, StudyPlan
 from shared_models.signing import digest, is_signed_by, public_key, sign
 
@@ -60,6 +61,42 @@ def test_the_countersignature_is_the_sites_over_who_approved_what(
     assert found.approval.study == digest(signed.plan)
     assert (found.approval.site, found.approval.who) == ("north", "Dr. Reed")
     assert found.approval.decision == "approved"
+
+
+def test_an_approval_names_a_masking_key_under_secure_aggregation_and_only_then(
+    plan_of, site: SiteConfig, coordinator_key: Ed25519PrivateKey
+) -> None:
+    for is_secure in (False, True):
+        plan = plan_of({"rounds.secure_aggregation": is_secure})
+        signed = SignedPlan(plan, sign(plan, key=coordinator_key))
+        found = studies.approve(signed, site, key=KEY, who="Dr. Reed")
+        assert is_signed_by(found.approval, found.signature, key=public_key(KEY))
+        file = folder_of(signed, site) / studies.MASK_KEY
+        assert file.exists() == is_secure
+        expected = public_mask_key(load_mask_key(file)) if is_secure else None
+        assert found.approval.mask_key == expected
+
+
+def test_each_study_has_a_masking_key_of_its_own(
+    plan_of, site: SiteConfig, coordinator_key: Ed25519PrivateKey
+) -> None:
+    made = set()
+    for seed in (1, 2):
+        plan = plan_of({"rounds.secure_aggregation": True, "seed": seed})
+        signed = SignedPlan(plan, sign(plan, key=coordinator_key))
+        for who in ("Dr. Reed", "Dr. Read"):  # approving again keeps the key
+            made.add(studies.approve(signed, site, key=KEY, who=who).approval.mask_key)
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("who", ["", "x" * 121])
+def test_nobody_cannot_have_a_masking_key_made(
+    who: str, plan_of, site: SiteConfig, coordinator_key: Ed25519PrivateKey
+) -> None:
+    plan = plan_of({"rounds.secure_aggregation": True})
+    with pytest.raises(ValidationError):
+        studies.approve(SignedPlan(plan, sign(plan, key=coordinator_key)), site, key=KEY, who=who)
+    assert not site.state_dir.exists()
 
 
 def test_an_approval_by_another_key_is_not_ours(signed: SignedPlan, site: SiteConfig) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
+from client.adam import AdamCorrected
 from client.dp import opacus_engine, trainable
 from client.noise import Randomness, secure, seeded
 from client.train import (
@@ -21,7 +22,9 @@ from client.train import (
     Performance,
     Trained,
     _engine,
+    _optimizer,
     draw,
+    freeze,
     learning_rate,
     randomness_of,
     train,
@@ -78,9 +81,10 @@ def one_round(
         patients or noise_patients(),
         plan=plan,
         task=TASK,
-        round_=round_,
+        rounds=[round_],
         randomness=randomness,
         performance=Performance(most_images=most_images),
+        noise_multiplier=0.0 if plan.privacy is None else plan.privacy.noise_multiplier,
     )
 
 
@@ -125,6 +129,23 @@ def test_the_number_of_patients_drawn_is_binomial(drawn: np.ndarray) -> None:
         np.append(expected[:8], expected[8:].sum()),
     )
     assert stats.chisquare(counts, expected * counts.sum() / expected.sum()).pvalue > 1e-3
+
+
+def test_the_number_drawn_varies_as_poisson_sampling_does_and_batches_of_fixed_size_do_not() -> (
+    None
+):
+    """What shuffling accounted as Poisson would show: a dispersion of 0 where 1 belongs."""
+    patients, source, num_draws = patients_of([1] * 100), secure(), 1000
+    counts = [draw(patients, terms=TERMS, randomness=source).num_patients for _ in range(num_draws)]
+    dispersion = np.var(counts) / (100 * 0.3 * 0.7)
+    assert abs(dispersion - 1) < 6 * np.sqrt(2 / num_draws)
+    assert abs(np.mean(counts) - 30) < 6 * np.sqrt(100 * 0.3 * 0.7 / num_draws)
+
+
+def test_a_draw_drops_nobody_however_many_there_are() -> None:
+    patients = patients_of([1] * 500)
+    batch = draw(patients, terms=TERMS, randomness=Randomness(everybody, nobody))
+    assert batch.num_patients == len(batch.owner.unique()) == 500
 
 
 def test_every_patient_is_drawn_with_the_sample_rate(drawn: np.ndarray) -> None:
@@ -191,11 +212,19 @@ def test_flips_turn_label_maps_with_their_images(flips: bool) -> None:
     for _ in range(200):
         batch = draw(patients, terms=terms, randomness=randomness)
         assert torch.equal(batch.images[:, 0].long(), batch.targets)
-        steps = batch.images.diff(dim=-1)
-        assert steps.abs().eq(1).all()
-        is_flipped.append(bool((steps == -1).all()))
-        assert is_flipped[-1] or (steps == 1).all()
-    assert 70 < sum(is_flipped) < 130 if flips else not any(is_flipped)
+        for steps in batch.images.diff(dim=-1):
+            is_flipped.append(bool((steps == -1).all()))
+            assert is_flipped[-1] or (steps == 1).all()
+    assert 400 < sum(is_flipped) < 600 if flips else not any(is_flipped)
+
+
+def test_each_image_is_flipped_by_its_own_chance() -> None:
+    terms = TERMS.model_copy(update={"flips": True, "sample_rate": 1.0})
+    patients, randomness = patients_of([2, 3]), seeded(1)
+    batches = [draw(patients, terms=terms, randomness=randomness).images for _ in range(2000)]
+    flipped = np.array([(images.diff(dim=-1) < 0).all((1, 2, 3)).numpy() for images in batches])
+    for one, other in combinations(flipped.T, 2):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 4.5 / np.sqrt(len(flipped))
 
 
 def test_flips_leave_the_patients_own_images_alone() -> None:
@@ -360,9 +389,10 @@ def test_every_engine_trains_to_the_same_weights(engine: str, plan_of) -> None:
             noise_patients(),
             plan=plan_of(),
             task=TASK,
-            round_=0,
+            rounds=[0],
             randomness=seeded(3),
             performance=Performance(engine=name),
+            noise_multiplier=1.0,
         )
         nets_of_engines.append(weights(net).numpy())
     assert nets_of_engines[0] == pytest.approx(nets_of_engines[1], abs=1e-5)
@@ -454,3 +484,269 @@ def test_autocast_sees_the_weights_of_the_step_and_not_of_the_one_before(plan_of
     with _engine(net, TASK, None, performance) as gradient_of:
         afresh = gradient_of(batch).gradients
     assert all(torch.equal(one, other) for one, other in zip(later, afresh, strict=True))
+
+
+# --- views
+
+
+def with_terms(plan: StudyPlan, **changed: Any) -> StudyPlan:
+    return plan.model_copy(update={"training": plan.training.model_copy(update=changed)})
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_an_image_drawn_enters_as_its_views_one_after_the_other(views: int) -> None:
+    terms = TERMS.model_copy(update={"views": views, "sample_rate": 1.0, "images_per_patient": 2})
+    for maps in (False, True):
+        patients = patients_of([1, 5], maps=maps)
+        batch = draw(patients, terms=terms, randomness=seeded(3))
+        assert batch.num_patients == 2
+        assert torch.bincount(batch.owner).tolist() == [views, 2 * views]
+        first = batch.images[:, 0, 0, 0]
+        assert first.unique_consecutive(return_counts=True)[1].tolist() == [views] * 3
+        assert len(batch.targets) == len(batch.images)
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_views_of_an_image_that_is_not_augmented_change_nothing(private: bool, plan_of) -> None:
+    """A patient's gradient is the mean over views: of equal ones, that of the image."""
+    plan = plan_of({"training.sample_rate": 1.0} | ({} if private else {"privacy": None}))
+    one, three = (trained(with_terms(plan, views=views), seeded(3)) for views in (1, 3))
+    assert one.numpy() == pytest.approx(three.numpy(), abs=1e-5)
+
+
+def test_a_patients_gradient_is_the_mean_over_its_views(plan_of) -> None:
+    """Two views of one image, one of them mirrored, weigh as two images of the patient."""
+    plan = plan_of({"privacy": None, "training.steps_per_round": 1, "training.sample_rate": 1.0})
+    patients = [p._replace(images=p.images[:1], targets=p.targets[:1]) for p in noise_patients()]
+    both = [
+        Patient(torch.cat([p.images, p.images.flip(-1)]), p.targets.repeat(2), p.spacing_mm)
+        for p in patients
+    ]
+    flips = iter([np.zeros(6), *[np.zeros(1), np.zeros(1), np.ones(1)] * 6])
+    viewed, doubled = net_of(plan), net_of(plan)
+    twice = with_terms(plan, views=2, flips=True)
+    one_round(viewed, twice, Randomness(lambda _: next(flips), nobody), patients=patients)
+    one_round(doubled, plan, Randomness(everybody, nobody), patients=both)
+    assert next(flips, None) is None
+    assert weights(viewed).numpy() == pytest.approx(weights(doubled).numpy(), abs=1e-6)
+
+
+def test_views_of_an_image_are_changed_each_by_its_own_chance() -> None:
+    terms = TERMS.model_copy(update={"views": 8, "flips": True, "shift": 3, "sample_rate": 1.0})
+    batch = draw(squares(), terms=terms, randomness=seeded(0))
+    assert len(batch.images.flatten(1).unique(dim=0)) > 4
+
+
+# --- shifts
+
+SIDE = 11
+
+
+def squares(*, dims: int = 2) -> list[Patient]:
+    """Return a patient of one image in which every place has a number of its own, and its map."""
+    image = torch.arange(float(SIDE**dims)).view(1, 1, *[SIDE] * dims)
+    return [Patient(image, image[:, 0].long(), ((1.0,) * dims,))]
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("shift", [1, 3])
+def test_a_shift_moves_image_and_label_map_together_and_by_no_more_than_it_says(
+    shift: int, dims: int
+) -> None:
+    terms = TERMS.model_copy(update={"shift": shift, "sample_rate": 1.0})
+    patients, randomness = squares(dims=dims), seeded(1)
+    axes = tuple(range(dims))
+    seen = set()
+    for _ in range(600):
+        batch = draw(patients, terms=terms, randomness=randomness)
+        assert torch.equal(batch.images[0, 0].long(), batch.targets[0])
+        place = tuple(int(i) for i in np.argwhere(batch.targets[0].numpy() == 0)[0])
+        by = tuple((i + SIDE // 2) % SIDE - SIDE // 2 for i in place)
+        assert torch.equal(batch.images[0, 0], patients[0].images[0, 0].roll(by, axes))
+        seen.add(by)
+    for axis in axes:
+        assert {by[axis] for by in seen} == set(range(-shift, shift + 1))
+
+
+def test_every_shift_has_the_same_chance() -> None:
+    terms = TERMS.model_copy(update={"shift": 2, "sample_rate": 1.0})
+    patients, randomness, counts = squares(), seeded(1), np.zeros((5, 5))
+    for _ in range(NUM_DRAWS):
+        batch = draw(patients, terms=terms, randomness=randomness)
+        down, right = np.argwhere(batch.targets[0].numpy() == 0)[0]
+        counts[(down + 2) % SIDE, (right + 2) % SIDE] += 1
+    assert stats.chisquare(counts.ravel()).pvalue > 1e-3
+
+
+def test_a_class_is_no_map_and_is_left_as_it_is() -> None:
+    terms = TERMS.model_copy(update={"shift": 1, "flips": True, "sample_rate": 1.0})
+    patients = patients_of([3, 3])
+    before = copy.deepcopy(patients)
+    assert draw(patients, terms=terms, randomness=seeded(1)).targets.tolist() == [0] * 3 + [1] * 3
+    assert all(torch.equal(a.images, b.images) for a, b in zip(before, patients, strict=True))
+
+
+# --- frozen parameters
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adam-bc"])
+@pytest.mark.parametrize("private", [False, True])
+def test_frozen_parameters_do_not_move_and_get_no_noise(
+    private: bool, optimizer: str, engine: str, plan_of
+) -> None:
+    plan = plan_of({"training.optimizer": optimizer} | ({} if private else {"privacy": None}))
+    plan = with_terms(plan, frozen=("features.",), weight_decay=0.1)
+    net = net_of(plan)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    drawn_numbers = list[int]()
+    source = seeded(3)
+
+    def counted(n: int) -> np.ndarray:
+        drawn_numbers.append(n)
+        return source.normal(n)
+
+    train(
+        net,
+        noise_patients(),
+        plan=plan,
+        task=TASK,
+        rounds=[0],
+        randomness=Randomness(source.uniform, counted),
+        performance=Performance(engine=engine),
+        noise_multiplier=2.0 if private else 0.0,
+    )
+    for name, parameter in net.named_parameters():
+        assert torch.equal(parameter, before[name]) == name.startswith("features.")
+    free = [p.numel() for name, p in net.named_parameters() if not name.startswith("features.")]
+    assert drawn_numbers == (free * 2 if private else [])
+
+
+@pytest.mark.parametrize(
+    ("frozen", "left"),
+    [
+        ((), {"one.weight", "one.bias", "onemore.weight", "onemore.bias"}),
+        (("one.",), {"onemore.weight", "onemore.bias"}),
+        (("one",), set()),
+        (("one.weight", "onemore.bias"), {"one.bias", "onemore.weight"}),
+        (("more",), {"one.weight", "one.bias", "onemore.weight", "onemore.bias"}),
+    ],
+)
+def test_parameters_are_frozen_by_the_beginning_of_their_names(
+    frozen: tuple[str, ...], left: set[str]
+) -> None:
+    net = nn.ModuleDict({"one": nn.Linear(2, 2), "onemore": nn.Linear(2, 2)})
+    freeze(net, frozen)
+    assert {name for name, p in net.named_parameters() if p.requires_grad} == left
+
+
+# --- Adam that knows the noise
+
+
+def stepped(optimizer: Any, parameter: nn.Parameter, gradients: np.ndarray) -> np.ndarray:
+    """Return where the parameter is after each step along ``gradients`` (steps, n)."""
+    found = []
+    for gradient in gradients:
+        parameter.grad = torch.from_numpy(gradient)
+        optimizer.step()
+        found.append(parameter.detach().clone().numpy())
+    return np.array(found)
+
+
+def by_hand(gradients: np.ndarray, *, lr: float, deviation: float) -> np.ndarray:
+    """Algorithm 1 of the paper, as it is written there."""
+    x, m, v = (np.zeros(gradients.shape[1]) for _ in range(3))
+    found = []
+    for t, g in enumerate(gradients, start=1):
+        m = 0.9 * m + 0.1 * g
+        v = 0.999 * v + 0.001 * g * g
+        corrected = np.maximum(v / (1 - 0.999**t) - deviation**2, 1e-8)
+        x = x - lr * m / (1 - 0.9**t) / np.sqrt(corrected)
+        found.append(x)
+    return np.array(found)
+
+
+@pytest.mark.parametrize(("signal", "deviation"), [(0.0, 0.5), (0.3, 0.5), (0.3, 0.0)])
+def test_adam_bc_steps_as_its_formula_says(signal: float, deviation: float) -> None:
+    noise = seeded(5).normal(40 * 30).reshape(40, 30) * max(deviation, 0.1)
+    gradients = signal + noise
+    parameter = nn.Parameter(torch.zeros(30, dtype=torch.float64))
+    optimizer = AdamCorrected([parameter], lr=0.01, deviation=deviation)
+    found = stepped(optimizer, parameter, gradients)
+    assert found == pytest.approx(by_hand(gradients, lr=0.01, deviation=deviation), rel=1e-9)
+
+
+def test_adam_bc_without_noise_is_adam() -> None:
+    gradients = seeded(5).normal(40 * 30).reshape(40, 30)
+    ours, theirs = (nn.Parameter(torch.zeros(30, dtype=torch.float64)) for _ in range(2))
+    found = stepped(AdamCorrected([ours], lr=0.01, deviation=0.0), ours, gradients)
+    expected = stepped(torch.optim.Adam([theirs], lr=0.01, eps=0.0), theirs, gradients)
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_adam_bc_forgets_no_gradient_that_is_missing() -> None:
+    one, other = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+    optimizer = AdamCorrected([one, other], lr=0.01, deviation=0.1)
+    one.grad = torch.ones(3)
+    optimizer.step()
+    assert one.detach().abs().min() > 0
+    assert other.tolist() == [0.0] * 3
+
+
+def test_adam_bc_is_told_the_noise_of_the_mean_gradient(plan_of) -> None:
+    """The deviation of noise over the expected batch, which is what it steps along."""
+    plan = plan_of({"training.optimizer": "adam-bc", "privacy.max_grad_norm": 0.5})
+    optimizer = _optimizer(net_of(plan), plan, 2.0, 6)
+    assert isinstance(optimizer, AdamCorrected)
+    assert optimizer.param_groups[0]["deviation"] == pytest.approx(2.0 * 0.5 / (0.5 * 6))
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(("private", "noise_multiplier"), [(True, 0.0), (False, 1.0)])
+def test_training_is_given_noise_under_privacy_terms_and_only_then(
+    private: bool, noise_multiplier: float, plan_of
+) -> None:
+    plan = plan_of({} if private else {"privacy": None})
+    net = net_of(plan)
+    before = weights(net)
+    with pytest.raises(ValueError, match="expected noise under privacy terms, and only then"):
+        train(
+            net,
+            noise_patients(),
+            plan=plan,
+            task=TASK,
+            rounds=[0],
+            randomness=seeded(0),
+            performance=Performance(),
+            noise_multiplier=noise_multiplier,
+        )
+    assert torch.equal(weights(net), before)
+
+
+def test_rounds_on_end_have_each_its_learning_rate_and_one_optimizer(plan_of) -> None:
+    """Momentum goes on from round to round: what it is with one optimizer made anew."""
+    plan = plan_of({"training.steps_per_round": 1, "training.momentum": 0.5})
+    plan = with_terms(plan, learning_rate_end=0.005)
+    net = net_of(plan)
+    before = [p.detach().clone().double() for p in net.parameters()]
+    train(
+        net,
+        noise_patients(),
+        plan=plan,
+        task=TASK,
+        rounds=range(3),
+        randomness=Randomness(nobody, seeded(4).normal),
+        performance=Performance(),
+        noise_multiplier=2.0,
+    )
+    source, expected = seeded(4), [b.clone() for b in before]
+    speed = [torch.zeros_like(b) for b in before]
+    for rate in (0.05, (0.05 + 0.005) / 2, 0.005):
+        for value, velocity in zip(expected, speed, strict=True):
+            noise = torch.from_numpy(source.normal(value.numel())).view_as(value) * 2.0 / 3
+            velocity.mul_(0.5).add_(noise)
+            value -= rate * velocity
+    for found, wanted in zip(net.parameters(), expected, strict=True):
+        assert found.detach().numpy() == pytest.approx(wanted.numpy(), abs=1e-6)

@@ -92,7 +92,7 @@ def test_all_objections_to_a_plan_are_told_at_once(
     found = runner.invoke(app, ["check", str(tmp_path / "plan.toml")])
     assert found.exit_code == 1
     assert "no nets called 'densnet'; known: densenet, unet" in found.output
-    assert "no strategies called 'medain'; known: fedavg, fedprox" in found.output
+    assert "no strategies called 'medain'; known: fedavg, fedavgm, fedprox" in found.output
     assert "rounds.quorum" in found.output
 
 
@@ -111,7 +111,7 @@ def test_an_unknown_key_is_named_beside_the_known_ones(tmp_path: Path) -> None:
     (tmp_path / "plan.toml").write_text(text)
     found = runner.invoke(app, ["check", str(tmp_path / "plan.toml")])
     assert found.exit_code == 1
-    assert "rounds.quorom: unknown key; known here: deadline_s, quorum" in found.output
+    assert "rounds.quorom: unknown key; known here: averaging, deadline_s, quorum, " in found.output
 
 
 def test_a_signed_plan_verifies_and_a_changed_one_does_not(tmp_path: Path) -> None:

@@ -90,6 +90,39 @@ def test_each_site_gets_its_own_rows_and_the_coordinator_patients_no_site_gets(
     assert not patients["east"] & patients["west"]
 
 
+def read_patients(file: Path) -> list[str]:
+    with file.open(newline="", encoding="utf-8") as stream:
+        return [row["patient"] for row in csv.DictReader(stream)]
+
+
+@pytest.mark.parametrize("num_images", [1, 3])
+def test_for_a_warm_start_the_coordinators_patients_are_halved_and_nobody_is_in_both(
+    num_images: int, folder: Path, tmp_path: Path
+) -> None:
+    splits = ["val"] * 4 + ["train"] * 5 + ["test"] * 2
+    lines = [
+        f"film.png,{site}-p{n},{site},{n % 2},{split}"
+        for site in ("east", "west")
+        for n, split in enumerate(splits)
+        for _ in range(num_images)
+    ]
+    data = adopt(write(folder, lines), task="classification")
+    site_dirs = {site: tmp_path / "sites" / site for site in data.sites}
+    files = {name: tmp_path / f"{name}.csv" for name in ("whole", "validation", "start")}
+    write_manifests(data, site_dirs=site_dirs, validation=files["whole"])
+    before = {site: (path / "manifest.csv").read_bytes() for site, path in site_dirs.items()}
+    write_manifests(data, site_dirs=site_dirs, validation=files["validation"], start=files["start"])
+    found = {name: Counter(read_patients(file)) for name, file in files.items()}
+    assert found["validation"] + found["start"] == found["whole"]
+    assert not found["validation"].keys() & found["start"].keys()
+    assert len(found["validation"]) == len(found["start"]) == 4
+    for half in (found["validation"], found["start"]):
+        assert set(half.values()) == {num_images}
+        assert {name.split("-")[0] for name in half} == {"east", "west"}
+    after = {site: (path / "manifest.csv").read_bytes() for site, path in site_dirs.items()}
+    assert after == before
+
+
 @pytest.mark.parametrize(
     "header",
     [

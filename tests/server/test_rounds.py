@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from server import rounds
 from server.rounds import Ask, Consortium, Round
 from server.simulate import ask_functions
 from shared_models.contracts import (
+    Approval,
+    Countersignature,
     Evaluation,
     Refusal,
     RoundOrder,
@@ -20,10 +24,12 @@ from shared_models.contracts import (
     SiteReply,
 )
 from shared_models.errors import RunError
+from shared_models.masking import GRID, LARGEST, masked, public_mask_key
+from shared_models.masking import opened as sum_opened
 from shared_models.plan import StudyPlan
 from shared_models.signing import canonical, public_key, sign
 from shared_models.signing import digest as digest_of
-from shared_models.weights import digest, flatten
+from shared_models.weights import digest, flatten, schema_of, unflatten
 from shared_models.wire import Letter, seal, unseal
 from strategies.averaging import fedavg
 
@@ -480,7 +486,8 @@ def test_the_updates_reach_the_strategy_without_being_copied(plan: StudyPlan) ->
     )
     assert update is not None
     bucket = np.frombuffer(letter.buckets[0], np.float32)
-    assert all(np.shares_memory(value, bucket) for value in update.arrays.values())
+    arrays = unflatten(update, schema_of(WEIGHTS))
+    assert all(np.shares_memory(value, bucket) for value in arrays.values())
 
 
 def test_a_reply_is_kept_as_the_site_signed_it(plan: StudyPlan) -> None:
@@ -493,3 +500,354 @@ def test_a_reply_is_kept_as_the_site_signed_it(plan: StudyPlan) -> None:
 
     record = trained(plan, asking(**dict.fromkeys(NAMES, noted))).record
     assert [canonical(reply) for reply in record.replies] == sent
+
+
+# --- secure aggregation
+
+MASKS = {name: X25519PrivateKey.from_private_bytes(name.rjust(32).encode()) for name in NAMES}
+STEP = GRID * len(NAMES) / 2
+
+
+def countersigned(plan: StudyPlan, name: str) -> Countersignature:
+    approval = Approval(
+        study=digest_of(plan),
+        site=name,
+        decision="approved",
+        who="Dr. Reed",
+        when=datetime(2026, 3, 1, tzinfo=UTC),
+        mask_key=public_mask_key(MASKS[name]),
+    )
+    return Countersignature(approval=approval, signature=sign(approval, key=KEYS[name]))
+
+
+@pytest.fixture
+def secure(new_plan: NewPlan) -> StudyPlan:
+    return new_plan(
+        sites=NAMES, rounds={"quorum": 2, "deadline_s": 60.0, "secure_aggregation": True}
+    )
+
+
+def update_of(letter: Letter) -> tuple[np.ndarray, int]:
+    """Return what a site would send, and of how many patients: other numbers for each site."""
+    order = opened(letter)
+    number = NAMES.index(order.site)
+    random = np.random.default_rng(number + 10 * order.round_)
+    return random.normal(size=3).astype(np.float32), 10 * (number + 1)
+
+
+def plainly(letter: Letter) -> Letter:
+    vector, num_patients = update_of(letter)
+    return honest(letter, vector=vector, num_patients=num_patients)
+
+
+def hidden(letter: Letter, *, vector: np.ndarray | None = None, **changes: Any) -> Letter:
+    """Answer as an honest site does: its update times its patients, masked among those asked."""
+    order = opened(letter)
+    if order.kind != "train":
+        return honest(letter)
+    update, num_patients = update_of(letter)
+    label = order.model_dump_json(exclude={"site", "issued_at", "expires_at"})
+    peers = [str(c.approval.mask_key) for c in order.participants if c.approval.site != order.site]
+    if vector is None:
+        exact = num_patients * update.astype(np.float64)
+        vector = masked(exact, own=MASKS[order.site], peers=peers, label=label)
+    fields = {"num_patients": num_patients, "is_masked": True} | changes
+    return seal(reply_to(order, vector, **fields), key=KEYS[order.site], vector=vector)
+
+
+def with_the_others_hidden(**others: Answer) -> Ask:
+    return ask_functions({name: others.get(name, hidden) for name in NAMES})  # type: ignore[dict-item]
+
+
+def consortium_of(plan: StudyPlan) -> Consortium:
+    return CONSORTIUM._replace(approvals={name: countersigned(plan, name) for name in NAMES})
+
+
+def summed(plan: StudyPlan, ask: Ask, *, round_: int = 0) -> Round:
+    return rounds.train_round(
+        plan,
+        WEIGHTS,
+        ask,
+        round_=round_,
+        consortium=consortium_of(plan),
+        strategy=fedavg(),
+        state={},
+    )
+
+
+def mean_of(*names: str) -> np.ndarray:
+    """Return the mean update of those sites by patients."""
+    found = []
+    for name in names:
+        number = NAMES.index(name)
+        update = np.random.default_rng(number).normal(size=3).astype(np.float32)
+        found.append((update.astype(float), 10 * (number + 1)))
+    updates, counts = zip(*found, strict=True)
+    return np.average(updates, axis=0, weights=counts)
+
+
+def keeping(orders: list[RoundOrder], answer: Answer) -> Answer:
+    def kept(letter: Letter) -> Letter | None:
+        orders.append(opened(letter))
+        return answer(letter)
+
+    return kept
+
+
+def test_the_sum_of_masked_updates_gives_the_weights_that_single_updates_give(
+    plan: StudyPlan, secure: StudyPlan
+) -> None:
+    apart = trained(plan, asking(**dict.fromkeys(NAMES, plainly)))
+    together = summed(secure, with_the_others_hidden())
+    difference = flatten(together.weights) - flatten(apart.weights)
+    assert np.abs(difference).max() <= STEP + np.spacing(np.float32(4))
+    assert flatten(together.weights) == pytest.approx(flatten(WEIGHTS) + mean_of(*NAMES), abs=1e-6)
+    assert [r.site for r in together.record.replies] == sorted(NAMES)
+    assert all(r.is_masked for r in together.record.replies)
+
+
+def test_the_coordinator_never_sees_an_update_that_is_not_masked(
+    secure: StudyPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all it opens, only the sum of all sites is near anything that was trained."""
+    seen: list[np.ndarray] = []
+    for name in ("opened", "unflatten"):
+        real = getattr(rounds, name)
+
+        def spied(vector: np.ndarray, *rest: Any, _real: Any = real) -> Any:
+            seen.append(vector)
+            return _real(vector, *rest)
+
+        monkeypatch.setattr(rounds, name, spied)
+    replies: list[Letter] = []
+
+    def noted(letter: Letter) -> Letter:
+        replies.append(hidden(letter))
+        return replies[-1]
+
+    ask = with_the_others_hidden(**dict.fromkeys(NAMES, noted))
+    summed(secure, with_the_others_hidden(north=lambda _: None))  # asked again of three
+    summed(secure, ask)
+    assert [vector.dtype.name for vector in seen] == ["uint64", "float32"] * 2
+    for letter in replies:
+        (bucket,) = letter.buckets
+        assert np.abs(sum_opened(np.frombuffer(bucket, "<u8"))).mean() > LARGEST
+
+
+def test_each_order_of_a_secure_round_names_all_that_are_asked(
+    plan: StudyPlan, secure: StudyPlan
+) -> None:
+    consortium = consortium_of(secure)
+    for kind, expected in (("train", sorted(NAMES)), ("evaluate", []), ("alone", [])):
+        orders = rounds.orders_for(secure, WEIGHTS, kind=kind, round_=0, consortium=consortium)  # type: ignore[arg-type]
+        for letter in orders.values():
+            assert [c.approval.site for c in opened(letter).participants] == expected
+            assert opened(letter).attempt == 0
+    for letter in rounds.orders_for(
+        plan, WEIGHTS, kind="train", round_=0, consortium=consortium
+    ).values():
+        assert opened(letter).participants == ()
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [(lambda _: None, "no-answer"), (refusing, "budget"), (garbage, "bad-reply")],
+)
+def test_a_round_without_one_of_its_sites_is_asked_again_of_the_others(
+    answer: Answer, code: str, secure: StudyPlan
+) -> None:
+    orders: list[RoundOrder] = []
+    answers = {name: keeping(orders, hidden) for name in NAMES} | {"south": keeping(orders, answer)}
+    done = summed(secure, with_the_others_hidden(**answers))
+    others = [name for name in sorted(NAMES) if name != "south"]
+    asked = [(order.attempt, order.site) for order in orders]
+    assert asked == [(0, name) for name in sorted(NAMES)] + [(1, name) for name in others]
+    for order in orders:
+        named = [c.approval.site for c in order.participants]
+        assert named == (sorted(NAMES) if order.attempt == 0 else others)
+    assert refusals(done.record) == {"south": code}
+    assert [reply.site for reply in done.record.replies] == others
+    assert flatten(done.weights) == pytest.approx(flatten(WEIGHTS) + mean_of(*others), abs=1e-6)
+
+
+def test_sites_lost_one_after_the_other_are_all_recorded(secure: StudyPlan) -> None:
+    def lost_at(attempt: int) -> Answer:
+        return lambda letter: None if opened(letter).attempt == attempt else hidden(letter)
+
+    done = summed(secure, with_the_others_hidden(west=lost_at(0), east=lost_at(1)))
+    assert refusals(done.record) == {"west": "no-answer", "east": "no-answer"}
+    assert [reply.site for reply in done.record.replies] == ["north", "south"]
+    expected = flatten(WEIGHTS) + mean_of("north", "south")
+    assert flatten(done.weights) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_next_round_is_asked_of_the_site_that_was_missing_too(secure: StudyPlan) -> None:
+    def lost_once(letter: Letter) -> Letter | None:
+        order = opened(letter)
+        return None if (order.round_, order.attempt) == (0, 0) else hidden(letter)
+
+    done = list(
+        rounds.run(
+            secure,
+            WEIGHTS,
+            with_the_others_hidden(north=lost_once),
+            consortium=consortium_of(secure),
+            strategy=fedavg(),
+            validate=evaluated,
+        )
+    )
+    assert [len(each.record.replies) for each in done] == [3, 4]
+
+
+def test_what_was_sent_and_received_counts_every_attempt(secure: StudyPlan) -> None:
+    sent, received = list[int](), list[int]()
+
+    def counting(answer: Answer) -> Answer:
+        def counted(letter: Letter) -> Letter | None:
+            sent.append(letter.size_bytes)
+            said = answer(letter)
+            received.append(0 if said is None else said.size_bytes)
+            return said
+
+        return counted
+
+    answers = {name: counting(hidden) for name in NAMES} | {"south": counting(refusing)}
+    record = summed(secure, with_the_others_hidden(**answers)).record
+    assert len(sent) == 4 + 3
+    assert record.sent_bytes == sum(sent)
+    assert record.received_bytes == sum(received)
+
+
+def test_fewer_than_the_quorum_left_end_the_run_with_each_sites_reason(secure: StudyPlan) -> None:
+    orders: list[RoundOrder] = []
+
+    def lost_later(letter: Letter) -> Letter | None:
+        orders.append(opened(letter))
+        return None if opened(letter).attempt else hidden(letter)
+
+    with pytest.raises(RunError) as caught:
+        summed(
+            secure,
+            with_the_others_hidden(east=refusing, north=lost_later, west=garbage, south=lost_later),
+            round_=1,
+        )
+    assert caught.value.objections == (
+        "round 1: 0 of 4 sites, the plan needs 2",
+        "east: budget",
+        "west: bad-reply",
+        "north: no-answer",
+        "south: no-answer",
+    )
+    assert max(order.attempt for order in orders) == 1
+
+
+def not_masked(letter: Letter) -> Letter:
+    return plainly(letter)
+
+
+def said_to_be_masked(letter: Letter) -> Letter:
+    """Say that an update of the plain kind is masked."""
+    return hidden(letter, vector=HONEST)
+
+
+def masked_but_too_short(letter: Letter) -> Letter:
+    return hidden(letter, vector=np.zeros(2, np.uint64))
+
+
+def masked_but_too_long(letter: Letter) -> Letter:
+    return hidden(letter, vector=np.zeros(4, np.uint64))
+
+
+def masked_but_not_what_it_announces(letter: Letter) -> Letter:
+    return hidden(letter)._replace(buckets=(np.ones(3, np.uint64).tobytes(),))
+
+
+def masked_but_without_its_update(letter: Letter) -> Letter:
+    return hidden(letter)._replace(buckets=())
+
+
+def masked_but_of_odd_size(letter: Letter) -> Letter:
+    return hidden(letter)._replace(buckets=(b"123456789012",))
+
+
+def masked_but_of_no_patients(letter: Letter) -> Letter:
+    return hidden(letter, num_patients=0)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        not_masked,
+        said_to_be_masked,
+        masked_but_too_short,
+        masked_but_too_long,
+        masked_but_not_what_it_announces,
+        masked_but_without_its_update,
+        masked_but_of_odd_size,
+        masked_but_of_no_patients,
+    ],
+)
+def test_a_masked_reply_that_cannot_be_checked_is_a_bad_reply_and_changes_nothing(
+    answer: Answer, secure: StudyPlan
+) -> None:
+    done = summed(secure, with_the_others_hidden(west=answer))
+    assert refusals(done.record) == {"west": "bad-reply"}
+    expected = flatten(WEIGHTS) + mean_of("east", "north", "south")
+    assert flatten(done.weights) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_masked_reply_under_a_plan_without_secure_aggregation_is_a_bad_reply(
+    plan: StudyPlan,
+) -> None:
+    def hiding(letter: Letter) -> Letter:
+        return hidden(letter, vector=np.ones(3, np.uint64))
+
+    done = trained(plan, asking(west=hiding))
+    assert refusals(done.record) == {"west": "bad-reply"}
+    assert np.array_equal(flatten(done.weights), flatten(WEIGHTS) + HONEST)
+
+
+# --- the moving average
+
+
+def test_the_average_of_the_models_is_validated_and_released_and_not_trained_from(
+    new_plan: NewPlan,
+) -> None:
+    training = new_plan().training.model_dump() | {"num_rounds": 4}
+    plan = new_plan(
+        sites=NAMES, rounds={"quorum": 3, "deadline_s": 60.0, "averaging": 0.25}, training=training
+    )
+    validated: list[float] = []
+
+    def validate(weights: Any) -> Evaluation:
+        validated.append(float(weights["b"][0]))
+        return evaluated(weights)
+
+    done = list(
+        rounds.run(
+            plan, WEIGHTS, asking(), consortium=CONSORTIUM, strategy=fedavg(), validate=validate
+        )
+    )
+    # b begins at 3 and moves by 1 a round; the decay is 1/10, 2/11, 3/12 and then 1/4
+    assert [float(each.weights["b"][0]) for each in done] == [4.0, 5.0, 6.0, 7.0]
+    first = 0.1 * 3 + 0.9 * 4
+    second = 2 / 11 * first + 9 / 11 * 5
+    third = 0.25 * second + 0.75 * 6
+    expected = [first, second, third, 0.25 * third + 0.75 * 7]
+    assert validated == pytest.approx(expected, rel=1e-6)
+    assert [float(each.released["b"][0]) for each in done] == validated
+    for each in done:
+        assert each.record.weights_digest == digest(flatten(each.released))
+
+
+def test_without_averaging_the_last_model_is_released(plan: StudyPlan) -> None:
+    for each in run(plan, asking()):
+        assert np.array_equal(flatten(each.released), flatten(each.weights))
+
+
+def test_averaging_keeps_float32_and_leaves_its_arguments_alone() -> None:
+    one, two = ({"a": np.full(3, value, np.float32)} for value in (1.0, 2.0))
+    found = rounds.averaged(one, two, decay=0.5, round_=99)
+    assert found["a"].dtype == np.float32
+    assert found["a"].tolist() == [1.5] * 3
+    assert (one["a"][0], two["a"][0]) == (1.0, 2.0)

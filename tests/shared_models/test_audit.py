@@ -505,6 +505,13 @@ def test_a_broken_ledger_is_one_sentence_and_its_exit_code(
     assert told.stdout == ""
 
 
+def test_an_attempt_twice_in_a_ledger_is_named_by_its_line(ledger: Path) -> None:
+    ledger.write_text(ledger.read_text() + ledger.read_text().splitlines()[0] + "\n")
+    told = command("epsilon", str(ledger))
+    assert told.returncode == 16
+    assert told.stderr == "line 4 of the ledger repeats or skips an attempt\n"
+
+
 def test_an_auditor_needs_neither_torch_nor_flower() -> None:
     code = (
         "import sys, shared_models.audit;"

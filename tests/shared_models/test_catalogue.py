@@ -12,6 +12,7 @@ import pytest
 from shared_models.catalogue import objections, objections_to_file
 from shared_models.errors import DocumentError
 from shared_models.plan import StudyPlan, render
+from shared_models.tasks import classification
 
 TODAY = date(2026, 3, 1)
 NewPlan = Callable[..., StudyPlan]
@@ -34,7 +35,7 @@ def test_a_good_plan_meets_no_objection(new_plan: NewPlan) -> None:
         ),
         (
             {"strategy": {"name": "medain"}},
-            "strategy.name: no strategies called 'medain'; known: fedavg, fedprox",
+            "strategy.name: no strategies called 'medain'; known: fedavg, fedavgm, fedprox",
         ),
         ({"imaging": [{"name": "blur"}]}, "imaging.0.name: no steps called 'blur'; known: "),
         (
@@ -69,6 +70,19 @@ def test_what_is_wrong_is_told_with_its_cure(
     new_plan: NewPlan, change: dict[str, Any], objection: str
 ) -> None:
     assert any(o.startswith(objection) for o in objections(new_plan(**change), today=TODAY))
+
+
+def test_a_task_whose_loss_mixes_patients_is_told_with_its_cure(
+    new_plan: NewPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classification, "_loss", lambda outputs, _: outputs.diff(dim=0).sum())
+    found = objections(new_plan(), today=TODAY)
+    assert any(o.startswith("task: expected a loss of one number per image") for o in found)
+    monkeypatch.setattr(
+        classification, "_loss", lambda outputs, _: (outputs - outputs.mean())[:, 0]
+    )
+    (objection,) = objections(new_plan(), today=TODAY)
+    assert objection.startswith("task: expected a loss in which no image changes another's")
 
 
 def test_a_pull_belongs_to_fedprox(new_plan: NewPlan) -> None:
@@ -132,7 +146,9 @@ def test_a_plan_file_is_returned_with_its_objections(new_plan: NewPlan, tmp_path
     signed, found = objections_to_file(file, today=TODAY)
     assert signed is not None
     assert signed.plan == plan
-    assert found == ["strategy.name: no strategies called 'median'; known: fedavg, fedprox"]
+    assert found == [
+        "strategy.name: no strategies called 'median'; known: fedavg, fedavgm, fedprox"
+    ]
 
 
 def test_a_file_that_is_no_plan_is_still_searched_for_unknown_names(

@@ -24,6 +24,7 @@ from shared_models.splits import split_of
 from shared_models.tasks import Task
 from shared_models.tasks.classification import make as make_classification
 from shared_models.tasks.segmentation import make as make_segmentation
+from shared_models.volume import Volume
 
 MARK = "MARKED-7731"
 HEADER = "image,patient,label,split"
@@ -270,6 +271,24 @@ def test_all_broken_images_are_told_at_once_without_their_names(
     ]
     found = load_objections(root, lines, plan=new_plan())
     assert sorted(o.split(":")[0] for o in found) == ["line 2", "line 4", "line 5", "line 6"]
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_patient_without_an_image_is_refused_with_the_cure(
+    root: Path, new_plan: NewPlan, monkeypatch: pytest.MonkeyPatch, dims: int
+) -> None:
+    read = cohort.read_volume
+
+    def emptied(file: Path) -> Volume:
+        volume = read(file)
+        return volume._replace(data=volume.data[:0]) if file.name == "1.png" else volume
+
+    monkeypatch.setattr(cohort, "read_volume", emptied)
+    net = {"name": "unet", "params": {"spatial_dims": dims}}
+    lines = ["0.png,p1,clear,train", f"1.png,{MARK},clear,train"]
+    (objection,) = load_objections(root, lines, plan=new_plan(net=net, imaging=[]))
+    assert objection.startswith("line 3: nothing is left of the image")
+    assert "remove the line" in objection
 
 
 def test_an_unknown_label_is_told_with_the_known_ones(root: Path, new_plan: NewPlan) -> None:

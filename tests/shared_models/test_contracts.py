@@ -23,6 +23,7 @@ from shared_models.contracts import (
     REFUSALS,
     Approval,
     AuditReport,
+    Commit,
     Contract,
     Countersignature,
     Evaluation,
@@ -87,6 +88,7 @@ EXAMPLES: tuple[Contract, ...] = (
     EVENT,
     STATEMENT,
     Reservation(study=STUDY, round_=0, event=EVENT, delta=1e-4, when=NOON),
+    Commit(study=STUDY, round_=0, purpose="train", attempt=1, reply="e" * 64, when=NOON),
     SIGNATURE,
     RoundOrder(
         study=STUDY,

@@ -42,6 +42,11 @@ def test_a_replaced_file_keeps_its_permissions(tmp_path: Path) -> None:
     assert file.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_new_file_is_its_owners_alone_where_that_is_asked(tmp_path: Path) -> None:
+    replace(tmp_path / "secret", b"new", mode=0o600)
+    assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
+
+
 def test_lines_are_added_in_order(tmp_path: Path) -> None:
     file = tmp_path / "rounds.jsonl"
     append_line(file, "one")

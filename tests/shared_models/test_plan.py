@@ -265,6 +265,7 @@ def test_an_event_says_what_the_plan_says(new_plan: NewPlan) -> None:
         "max_grad_norm": terms.max_grad_norm,
         "images_per_patient": plan.training.images_per_patient,
         "steps": 7,
+        "noise_shares": 1,
     }
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import dp_accounting
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from opacus.accountants import PRVAccountant, RDPAccountant
 
 from shared_models import privacy
-from shared_models.contracts import PrivacyEvent, Reservation
+from shared_models.contracts import Commit, PrivacyEvent, Reservation
 from shared_models.errors import LedgerError
 from shared_models.privacy import (
     calibrate,
@@ -25,6 +27,8 @@ from shared_models.privacy import (
     epsilon_rdp,
     events_of,
     parse_ledger,
+    sentences_for,
+    share_of,
     spent,
     statement,
     studies_of,
@@ -284,6 +288,89 @@ def test_there_is_no_statement_of_nothing_or_of_no_privacy() -> None:
         statement([event(0.1, 1e-6, 10)], delta=1e-5)
 
 
+# --- noise split over sites
+
+
+@given(noise=st.floats(1e-6, 1e6), shares=st.integers(1, 1000))
+@settings(max_examples=300)
+def test_the_shares_of_all_who_add_one_sum_to_at_least_the_noise_that_is_accounted(
+    noise: float, shares: int
+) -> None:
+    share = share_of(event(noise=noise, noise_shares=shares))
+    assert shares * Fraction(share) ** 2 >= Fraction(noise) ** 2  # variances add up
+    assert share == pytest.approx(noise / math.sqrt(shares), rel=1e-15)
+
+
+def test_a_site_that_adds_all_the_noise_adds_what_is_accounted_to_the_last_bit() -> None:
+    assert share_of(event(noise=1.1)) == 1.1
+
+
+def test_split_noise_costs_what_the_sum_costs_and_says_what_that_rests_on() -> None:
+    whole, split = event(0.5, 3.0, 20), event(0.5, 3.0, 20, noise_shares=5)
+    said = statement([split], delta=1e-4)
+    assert said.epsilon == statement([whole], delta=1e-4).epsilon
+    assert said.noise_shares == 5
+    assert (said.covers, said.does_not_cover) == sentences_for(5) != sentences_for(4)
+    assert "at least 5 of the sites taking part add their share" in said.covers
+    assert "this site's update seen by itself" in said.does_not_cover
+
+
+def test_what_an_unmasked_update_would_cost_is_stated_beside() -> None:
+    split, local = event(0.5, 3.0, 20, noise_shares=5), event(0.5, 3.0 / math.sqrt(5), 20)
+    whole = event(0.5, 3.0, 20, purpose="alone")
+    said = statement([split, whole], delta=1e-4)
+    assert said.epsilon_unmasked == epsilon([local, whole], delta=1e-4) > said.epsilon
+
+
+def test_nothing_is_said_of_unmasked_updates_where_there_are_none_or_no_bound() -> None:
+    ordinary = statement([event()], delta=1e-4)
+    assert (ordinary.noise_shares, ordinary.epsilon_unmasked) == (1, None)
+    assert (ordinary.covers, ordinary.does_not_cover) == sentences_for(1)
+    assert (ordinary.covers, ordinary.does_not_cover) == (privacy.COVERS, privacy.DOES_NOT_COVER)
+    thin = statement([event(1.0, 2.0, 50, noise_shares=1000)], delta=1e-4)
+    assert thin.epsilon_unmasked is None
+
+
+# --- whole sites as the unit
+
+
+def site_event(noise: float = 1.5, steps: int = 100, **changes: Any) -> PrivacyEvent:
+    return event(1.0, noise, steps, **{"unit": "site", "sampler": "all"} | changes)
+
+
+def test_epsilons_of_different_units_are_never_composed() -> None:
+    for cost in (epsilon, epsilon_rdp, statement):
+        with pytest.raises(ValueError, match="of one unit, got patient and site"):
+            cost([event(), site_event()], delta=1e-4)
+
+
+def test_all_take_part_only_at_a_rate_of_one() -> None:
+    with pytest.raises(ValueError, match="expected a sample_rate of 1 where the sampler is 'all'"):
+        site_event(sample_rate=0.5)
+    smuggled = site_event().model_copy(update={"sample_rate": 0.5})
+    with pytest.raises(ValueError, match="only Poisson sampling"):
+        epsilon([smuggled], delta=1e-4)
+
+
+def test_where_all_take_part_it_is_the_gaussian_mechanism_repeated() -> None:
+    """A hundred steps with noise 15 are one with noise 1.5."""
+    once = epsilon([site_event(1.5, 1)], delta=1e-4)
+    assert epsilon([site_event(15.0, 100)], delta=1e-4) == pytest.approx(once, abs=0.01)
+
+
+def test_a_ledger_charges_patients_and_nothing_else() -> None:
+    of_sites = entry("a", 0, sample_rate=1.0, unit="site", sampler="all")
+    for ledger in ([of_sites], [*LEDGER, of_sites]):
+        with pytest.raises(LedgerError, match="something else than patients"):
+            spent(ledger)
+
+
+def test_a_statement_about_sites_is_told_from_one_about_patients() -> None:
+    said = statement([site_event()], delta=1e-2)
+    assert (said.unit, said.sampler, said.sample_rate) == ("site", "all", 1.0)
+    assert (said.covers, said.does_not_cover) == sentences_for(1, unit="site") != sentences_for(1)
+
+
 def entry(study: str, round_: int, **changes: Any) -> Reservation:
     return Reservation(
         study=study * 64, round_=round_, event=event(**changes), delta=1e-4, when=NOON
@@ -293,23 +380,32 @@ def entry(study: str, round_: int, **changes: Any) -> Reservation:
 LEDGER = [entry("a", 0, steps=10), entry("b", 0, steps=20), entry("a", 1, steps=30)]
 
 
-def written(entries: list[Reservation]) -> bytes:
+def commit(study: str, round_: int, attempt: int = 0, purpose: str = "train") -> Commit:
+    return Commit.model_validate(
+        {"study": study * 64, "round_": round_, "attempt": attempt}
+        | {"purpose": purpose, "reply": "e" * 64, "when": NOON}
+    )
+
+
+def written(entries: Sequence[Reservation | Commit]) -> bytes:
     return b"".join(e.model_dump_json().encode() + b"\n" for e in entries)
 
 
 def test_a_ledger_is_read_as_it_was_written_oldest_first() -> None:
-    assert parse_ledger(written(LEDGER)) == tuple(LEDGER)
+    commits = [commit("b", 0), commit("a", 0)]
+    found = parse_ledger(written([*LEDGER[:2], *commits, LEDGER[2]]))
+    assert found == (tuple(LEDGER), tuple(commits))
 
 
 def test_an_empty_ledger_holds_nothing() -> None:
-    assert parse_ledger(b"") == ()
+    assert parse_ledger(b"") == ((), ())
 
 
 @given(keep=st.integers(1, len(written(LEDGER)) - 1))
 def test_a_ledger_cut_anywhere_but_between_lines_is_refused(keep: int) -> None:
     content = written(LEDGER)[:keep]
     if content.endswith(b"\n"):
-        assert parse_ledger(content) == tuple(LEDGER[: content.count(b"\n")])
+        assert parse_ledger(content).reservations == tuple(LEDGER[: content.count(b"\n")])
     else:
         with pytest.raises(LedgerError, match="cut short"):
             parse_ledger(content)
@@ -333,14 +429,63 @@ LINE = json.loads(LEDGER[0].model_dump_json())
         json.dumps(LINE | {"event": LINE["event"] | {"noise_multiplier": math.inf}}).encode(),
         json.dumps(LINE | {"event": LINE["event"] | {"steps": -10}}).encode(),
         json.dumps(LINE | {"event": LINE["event"] | {"steps": 0}}).encode(),
+        json.dumps(LINE | {"attempt": -1}).encode(),
+        json.dumps(LINE | {"kind": "commit"}).encode(),
+        json.dumps(LINE | {"kind": "refund"}).encode(),
+        commit("a", 0).model_dump_json().replace("commit", "reservation").encode(),
     ],
 )
 @pytest.mark.parametrize("place", [0, 1, 3])
 def test_one_broken_line_refuses_the_whole_ledger(line: bytes, place: int) -> None:
     lines = written(LEDGER).splitlines()
     content = b"".join(each + b"\n" for each in [*lines[:place], line, *lines[place:]])
-    with pytest.raises(LedgerError, match="no reservation"):
+    with pytest.raises(LedgerError, match=f"line {place + 1} of .* neither a reservation nor"):
         parse_ledger(content)
+
+
+def again(attempt: int, **changes: Any) -> Reservation:
+    return entry("a", 0, **changes).model_copy(update={"attempt": attempt})
+
+
+@pytest.mark.parametrize(
+    ("lines", "wrong"),
+    [
+        ([again(0), again(0)], "line 2 .* repeats or skips"),
+        ([again(1)], "line 1 .* repeats or skips"),
+        ([again(0), again(2)], "line 2 .* repeats or skips"),
+        ([again(0), again(1, purpose="alone")], "line 2 .* repeats or skips"),
+        ([commit("a", 0), again(0)], "line 1 .* not reserved"),
+        ([again(0), commit("a", 1)], "line 2 .* not reserved"),
+        ([again(0), commit("b", 0)], "line 2 .* not reserved"),
+        ([again(0), commit("a", 0, 1)], "line 2 .* not reserved"),
+        ([again(0), commit("a", 0, purpose="alone")], "line 2 .* not reserved"),
+        ([again(0), commit("a", 0), again(1), commit("a", 0)], "line 4 .* committed already"),
+    ],
+)
+def test_a_ledger_that_contradicts_itself_is_refused(
+    lines: list[Reservation | Commit], wrong: str
+) -> None:
+    with pytest.raises(LedgerError, match=wrong) as caught:
+        parse_ledger(written(lines))
+    assert "aaaa" not in str(caught.value)
+
+
+def test_attempts_are_counted_for_each_study_round_and_purpose() -> None:
+    lines = [again(0), again(1), entry("a", 1), entry("b", 0), again(0, purpose="alone"), again(2)]
+    assert parse_ledger(written(lines)).reservations == tuple(lines)
+
+
+def test_charges_from_before_they_were_numbered_are_numbered_as_they_come() -> None:
+    old = json.dumps({k: v for k, v in LINE.items() if k not in ("kind", "attempt")}).encode()
+    found = parse_ledger(b"\n".join([old, old, written([again(2)])])).reservations
+    assert [e.attempt for e in found] == [0, 1, 2]
+    assert spent(found).epsilon == epsilon([event(steps=10)] * 2 + [event()], delta=1e-4)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_an_uncommitted_reservation_costs_the_same_as_a_committed_one(kept: int) -> None:
+    lines = [*LEDGER, *[commit("a", round_) for round_ in range(kept)]]
+    assert spent(parse_ledger(written(lines)).reservations) == spent(LEDGER)
 
 
 def test_a_study_is_charged_for_its_own_events_and_the_site_for_all() -> None:

@@ -89,7 +89,7 @@ def test_canonical_bytes_are_the_json_everybody_would_write() -> None:
     )
     assert canonical(event) == (
         b'{"images_per_patient":4,"max_grad_norm":1.0,"mechanism":"gaussian",'
-        b'"noise_multiplier":1.5,"purpose":"train","relation":"add-or-remove-one",'
+        b'"noise_multiplier":1.5,"noise_shares":1,"purpose":"train","relation":"add-or-remove-one",'
         b'"sample_rate":0.1,"sampler":"poisson","steps":10,"unit":"patient"}'
     )
     assert digest(event) == hashlib.sha256(canonical(event)).hexdigest()

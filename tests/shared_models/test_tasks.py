@@ -12,6 +12,7 @@ from scipy import ndimage
 from scipy.special import log_softmax, softmax
 from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
 
+from shared_models.tasks import Task, objection_to_loss
 from shared_models.tasks.base import grey
 from shared_models.tasks.classification import make as make_classification
 from shared_models.tasks.segmentation import make as make_segmentation
@@ -278,6 +279,48 @@ def test_the_loss_never_mixes_images(
     for image in range(6):
         apart = loss(outputs[image : image + 1], targets[image : image + 1])
         assert float(apart[0]) == pytest.approx(float(together[image]), abs=1e-6)
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("task", [TWO, THREE, ORGANS], ids=lambda task: task.name)
+def test_our_losses_keep_their_contract(task: Task, spatial_dims: int) -> None:
+    assert objection_to_loss(task, spatial_dims=spatial_dims) is None
+
+
+def entropy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+
+def contrastive(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return how unlike the others of its class each image is: (batch,)."""
+    likeness = torch.softmax(outputs @ outputs.T, dim=1)
+    return -(likeness * (targets[:, None] == targets)).sum(dim=1).log()
+
+
+MIXING = {
+    "contrastive": contrastive,
+    "over the batch's mean": lambda o, t: entropy(o - o.mean(dim=0), t),
+    "over the batch's largest": lambda o, t: entropy(o, t) / entropy(o, t).detach().max(),
+    "ranking": lambda o, t: torch.relu(1 + o[:, 0].flip(0) - o[:, 0]),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_a_loss_that_mixes_patients_is_told_with_the_cure(name: str) -> None:
+    objection = objection_to_loss(THREE._replace(loss=MIXING[name]), spatial_dims=2)
+    assert objection is not None
+    assert "got one that mixes them" in objection
+    assert "score every image by itself" in objection
+
+
+@pytest.mark.parametrize("shape", ["mean", "voxels"])
+def test_a_loss_of_another_shape_than_one_number_an_image_is_told(shape: str) -> None:
+    task = THREE._replace(loss=lambda o, t: entropy(o, t).mean())
+    if shape == "voxels":
+        task = ORGANS._replace(loss=entropy)
+    objection = objection_to_loss(task, spatial_dims=2)
+    assert objection is not None
+    assert "expected a loss of one number per image, (4,)" in objection
 
 
 def test_a_picture_is_stretched_to_the_whole_range_of_greys() -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from strategies import Strategy, Update
-from strategies.averaging import fedavg, fedprox
+from strategies.averaging import fedavg, fedavgm, fedprox
 
 SHAPES = {"a": (2, 3), "b": (4,), "c": ()}
 numbers = st.floats(-1e3, 1e3, width=32)
@@ -158,3 +160,101 @@ def test_memory_does_not_grow_with_the_number_of_sites(num_sites: int) -> None:
     new, _ = fedavg().step(weights, updates(), {})
     assert len(given_out) == num_sites
     assert new["a"][0] == (num_sites - 1) / 2
+
+
+# --- FedAvgM
+
+
+def rounds_of(num_rounds: int, *, seed: int = 0) -> list[list[Update]]:
+    """Return the updates of three sites in each of many rounds."""
+    random = np.random.default_rng(seed)
+    return [
+        [
+            Update(
+                f"s{n}",
+                n + 1,
+                {name: random.normal(size=s).astype(np.float32) for name, s in SHAPES.items()},
+            )
+            for n in range(3)
+        ]
+        for _ in range(num_rounds)
+    ]
+
+
+def zeros() -> dict[str, np.ndarray]:
+    return {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_fedavgm_steps_as_torchs_gradient_descent_with_momentum(momentum: float) -> None:
+    """Its gradients are the mean updates, the other way round, and its learning rate is one."""
+    strategy, weights = fedavgm(momentum=momentum), zeros()
+    state = strategy.init(weights)
+    theirs = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
+    optimizer = torch.optim.SGD(theirs.values(), lr=1.0, momentum=momentum)
+    for updates in rounds_of(8):
+        weights, state = strategy.step(weights, iter(updates), state)
+        for name, parameter in theirs.items():
+            stacked = np.stack([update.arrays[name].astype(float) for update in updates])
+            mean = np.average(stacked, axis=0, weights=[1, 2, 3])
+            parameter.grad = -torch.as_tensor(mean, dtype=torch.float64)
+        optimizer.step()
+        for name, parameter in theirs.items():
+            assert weights[name] == pytest.approx(parameter.numpy(), rel=1e-6, abs=1e-5)
+            assert weights[name].dtype == np.float32
+
+
+def test_fedavgm_without_momentum_is_fedavg() -> None:
+    (updates,) = rounds_of(1)
+    plain, other = (
+        averaged(zeros(), updates),
+        averaged(zeros(), updates, strategy=fedavgm(momentum=0.0)),
+    )
+    assert all(np.array_equal(plain[name], other[name]) for name in SHAPES)
+
+
+def test_a_state_saved_and_loaded_continues_bit_for_bit(tmp_path: Path) -> None:
+    strategy, rounds = fedavgm(), rounds_of(6)
+    weights, state = zeros(), strategy.init(zeros())
+    for number, updates in enumerate(rounds):
+        if number == 3:
+            np.savez(tmp_path / "state.npz", **state)
+            np.savez(tmp_path / "weights.npz", **weights)
+        weights, state = strategy.step(weights, iter(updates), state)
+    resumed, saved = (dict(np.load(tmp_path / f"{name}.npz")) for name in ("weights", "state"))
+    for updates in rounds[3:]:
+        resumed, saved = fedavgm().step(resumed, iter(updates), saved)
+    assert all(np.array_equal(weights[name], resumed[name]) for name in SHAPES)
+    assert all(np.array_equal(state[name], saved[name]) for name in SHAPES)
+
+
+def test_fedavgm_leaves_its_state_and_weights_alone() -> None:
+    strategy, weights = fedavgm(), zeros()
+    first, second = rounds_of(2)
+    weights, state = strategy.step(weights, iter(first), strategy.init(weights))
+    before = [{n: v.copy() for n, v in each.items()} for each in (weights, state)]
+    strategy.step(weights, iter(second), state)
+    for each, kept in zip((weights, state), before, strict=True):
+        assert all(np.array_equal(each[name], kept[name]) for name in SHAPES)
+
+
+def test_fedavgm_moves_on_when_updates_have_stopped() -> None:
+    still = [Update("s", 1, {"a": np.zeros(1, np.float32)})]
+    strategy, weights = fedavgm(momentum=0.5), {"a": np.zeros(1, np.float32)}
+    state = strategy.init(weights)
+    moved = []
+    for updates in ([Update("s", 1, {"a": np.ones(1, np.float32)})], still, still):
+        weights, state = strategy.step(weights, iter(updates), state)
+        moved.append(float(weights["a"][0]))
+    assert moved == [1.0, 1.5, 1.75]
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0, 2.0, float("nan")])
+def test_a_momentum_that_never_ends_is_refused(momentum: float) -> None:
+    with pytest.raises(ValueError, match=r"expected a momentum in \[0, 1\)"):
+        fedavgm(momentum=momentum)
+
+
+def test_no_patients_are_no_mean_for_fedavgm_either() -> None:
+    with pytest.raises(ValueError, match="expected at least one update with patients"):
+        averaged(zeros(), [], strategy=fedavgm())
