@@ -104,8 +104,7 @@ def clip_factors(norms: Tensor, *, max_grad_norm: float, clipping: Clipping = "f
     if clipping == "automatic":
         factors = below * max_grad_norm / (norms + STABILITY)
     else:
-        factors = (max_grad_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
-        factors = torch.where(factors < 1, factors * below, factors)
+        factors = (below * max_grad_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
     return torch.where(norms.isfinite(), factors, torch.zeros_like(factors))
 
 

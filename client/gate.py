@@ -116,6 +116,7 @@ def _reply(
             "study": order.study,
             "round_": order.round_,
             "kind": order.kind,
+            "attempt": order.attempt,
             "site": site.name,
             "num_patients": result.num_patients,
             "train_loss": None if result.train_loss is None else round(result.train_loss, 4),

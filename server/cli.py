@@ -131,7 +131,7 @@ def start(
     root: Annotated[Path, typer.Option(help="What the manifest's paths are relative to.")],
     out: Annotated[Path, typer.Option(help="The folder to put start.safetensors into.")],
     steps: Annotated[int, typer.Option(min=1, help="Steps of AdamW.")] = 200,
-    learning_rate: Annotated[float, typer.Option(help="Falls to 0 along a cosine.")] = 0.006,
+    learning_rate: Annotated[float, typer.Option(help="Falls to 0 along a cosine.")] = 0.003,
     batch_size: Annotated[int, typer.Option(min=1, help="Patients in a step.")] = 48,
 ) -> None:
     """Train a warm start, without privacy, on images of your own; state it in an unsigned plan."""

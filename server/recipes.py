@@ -45,6 +45,11 @@ def plan_for(
     Raises:
         ConsiliaError: if there is no recipe, naming those there are, or epsilon cannot be met.
     """
+    if epsilon is not None and not 0 < epsilon < math.inf:
+        raise ConsiliaError(
+            f"--epsilon: expected a positive, finite epsilon, got {epsilon}; ask for more, or plan "
+            "fewer --rounds"
+        )
     recipe = _recipe(task, kind_of(data))
     private = recipe.pop("private")
     if epsilon is not None:

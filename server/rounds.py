@@ -328,8 +328,8 @@ def checked(
         return _refusal(order, said.code), None
     if not isinstance(said, SiteReply):
         raise ValueError("expected a reply or a refusal")
-    answers_to = (said.study, said.round_, said.kind, said.site)
-    if answers_to != (order.study, order.round_, order.kind, order.site):
+    answers_to = (said.study, said.round_, said.kind, said.site, said.attempt)
+    if answers_to != (order.study, order.round_, order.kind, order.site, order.attempt):
         raise ValueError("expected the answer to the order sent")
     if order.kind != "train":
         return said, None

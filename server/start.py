@@ -34,7 +34,7 @@ class StartTerms(Contract):
     """How a warm start is trained: AdamW, its rate falling to 0 along a cosine."""
 
     steps: Annotated[int, Field(ge=1)] = 200
-    learning_rate: Positive = 0.006
+    learning_rate: Positive = 0.003
     batch_size: Annotated[int, Field(ge=1)] = 48
 
 

@@ -226,6 +226,7 @@ class SiteReply(Contract):
     site: SiteName
     num_patients: Count
     train_loss: float | None = None
+    attempt: Count = 0
     update_digest: Digest | None = None
     is_masked: bool = False
     evaluation: Evaluation | None = None

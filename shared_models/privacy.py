@@ -24,9 +24,11 @@ References:
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from decimal import ROUND_CEILING, Decimal
 from fractions import Fraction
 from functools import lru_cache
@@ -347,7 +349,20 @@ def _pld(merged: tuple[tuple[float, float, int], ...], delta: float) -> float:
 def _rdp(merged: tuple[tuple[float, float, int], ...], delta: float) -> float:
     from dp_accounting import NeighboringRelation, rdp
 
-    return _compose(rdp.RdpAccountant(None, NeighboringRelation.ADD_OR_REMOVE_ONE), merged, delta)
+    # It tells of every fractional order that it leaves out, which only makes the bound looser.
+    with _quiet("absl"):
+        accountant = rdp.RdpAccountant(None, NeighboringRelation.ADD_OR_REMOVE_ONE)
+        return _compose(accountant, merged, delta)
+
+
+@contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    level = logging.getLogger(logger).level
+    logging.getLogger(logger).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).setLevel(level)
 
 
 def _compose(accountant: Any, merged: tuple[tuple[float, float, int], ...], delta: float) -> float:

@@ -94,6 +94,8 @@ def write_secret(file: Path, content: bytes) -> None:
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as handle:
         handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
 
 
 def load_key(file: Path) -> Ed25519PrivateKey:

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from client.bookkeeping import bookkeeping_engine, layers
 from client.bookkeeping.book import Book
-from client.dp import Batch, Loss, Sums, opacus_engine, trainable
+from client.dp import Batch, Engine, Loss, Sums, opacus_engine, trainable
 from shared_models import nets
 from shared_models.nets.base import made_private_ready
 from shared_models.tasks import classification, segmentation
@@ -969,3 +969,49 @@ def test_under_autocast_the_gradients_are_those_of_the_step_at_hand() -> None:
             net[4].weight.mul_(-3)
         found = flat(gradient_of(batch).gradients)
     assert relative(found, patient_by_patient(net, entropy, batch, norm=1e6)) < 0.05
+
+
+# --- automatic clipping
+
+
+@pytest.mark.parametrize("engine", [opacus_engine, bookkeeping_engine])
+@pytest.mark.parametrize("most_images", [2, 32])
+@pytest.mark.parametrize("norm", [0.1, 3.0])
+def test_automatic_clipping_equals_the_loop_with_either_engine(
+    norm: float, most_images: int, engine: Engine
+) -> None:
+    net, batch = small_net(), batch_of([1, 3, 2, 4])
+    expected = torch.zeros(sum(p.numel() for p in trainable(net))).double()
+    for patient in range(batch.num_patients):
+        ours = batch.owner == patient
+        mean = entropy(net(batch.images[ours]), batch.targets[ours]).mean()
+        gradient = flat(torch.autograd.grad(mean, trainable(net)))
+        expected += gradient * norm / (gradient.norm() + 0.01)
+    terms: dict[str, Any] = {"most_images": most_images, "clipping": "automatic"}
+    with engine(net, entropy, max_grad_norm=norm, **terms) as gradient_of:
+        found = gradient_of(batch)
+    assert relative(flat(found.gradients), expected) < 1e-5
+    assert found.num_non_finite == 0
+
+
+@pytest.mark.parametrize("engine", [opacus_engine, bookkeeping_engine])
+def test_one_patient_changes_an_automatically_clipped_sum_by_at_most_the_norm(
+    engine: Engine,
+) -> None:
+    net, batch = small_net(), batch_of([1, 3, 2, 4])
+    with engine(net, entropy, max_grad_norm=0.5, clipping="automatic") as gradient_of:
+        whole = flat(gradient_of(batch).gradients)
+        for patient in range(batch.num_patients):
+            rest = flat(gradient_of(without(batch, patient)).gradients)
+            assert 0.4 < float((whole - rest).norm()) < 0.5 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("engine", [opacus_engine, bookkeeping_engine])
+def test_automatic_clipping_leaves_out_a_patient_that_is_not_finite(engine: Engine) -> None:
+    net, batch = small_net(), batch_of([1, 3, 2])
+    spoiled = batch._replace(images=batch.images.clone())
+    spoiled.images[2] = torch.nan
+    with engine(net, entropy, max_grad_norm=0.5, clipping="automatic") as gradient_of:
+        found, expected = gradient_of(spoiled), gradient_of(without(batch, 1))
+    assert found.num_non_finite == 1
+    assert relative(flat(found.gradients), flat(expected.gradients)) < 1e-5

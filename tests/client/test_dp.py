@@ -454,3 +454,50 @@ def test_the_engine_can_be_opened_again() -> None:
     net, batch = small_net(), batch_of([2, 1])
     once, again = (clipped(net, entropy, batch, norm=1.0) for _ in range(2))
     assert torch.equal(once, again)
+
+
+# --- what gradients are multiplied by
+
+norms = st.floats(0, 2.0**100, width=32) | st.sampled_from([1e-30, 1e-9, 0.01, 1.0, 3e38])
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(
+    st.lists(norms, min_size=1, max_size=8),
+    st.floats(1e-4, 1e4),
+    st.sampled_from(["flat", "automatic"]),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_no_clipped_norm_is_over_the_bound(
+    found: list[float], bound: float, clipping: dp.Clipping, dtype: torch.dtype
+) -> None:
+    given_ = torch.tensor(found, dtype=dtype)
+    factors = dp.clip_factors(given_, max_grad_norm=bound, clipping=clipping)
+    assert (factors >= 0).all()
+    assert (factors.double() * given_.double() <= bound).all()
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.floats(1e-9, 1e6), st.floats(1e-3, 1e3))
+def test_automatic_clipping_lifts_large_gradients_to_the_bound_and_leaves_small_ones_small(
+    norm: float, bound: float
+) -> None:
+    """Between nothing and the bound, ever nearer to it, and half of it where the norm is 0.01."""
+
+    def clipped_norm(value: float) -> float:
+        norms = torch.tensor([value], dtype=torch.float64)
+        return value * float(dp.clip_factors(norms, max_grad_norm=bound, clipping="automatic"))
+
+    assert clipped_norm(norm) == pytest.approx(bound * norm / (norm + 0.01), rel=1e-5)
+    assert clipped_norm(0.0) == 0.0
+    assert clipped_norm(0.01) == pytest.approx(bound / 2, rel=1e-5)
+    assert clipped_norm(norm) < clipped_norm(2 * norm) <= bound
+
+
+@pytest.mark.parametrize("clipping", ["flat", "automatic"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_norm_that_is_not_finite_has_the_factor_zero(value: float, clipping: dp.Clipping) -> None:
+    norms = torch.tensor([1.0, value, 2.0])
+    factors = dp.clip_factors(norms, max_grad_norm=1.0, clipping=clipping)
+    assert factors.tolist()[1] == 0.0
+    assert (factors[[0, 2]] > 0).all()

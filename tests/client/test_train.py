@@ -684,7 +684,7 @@ def test_adam_bc_without_noise_is_adam() -> None:
     assert found == pytest.approx(expected, rel=1e-9)
 
 
-def test_adam_bc_forgets_no_gradient_that_is_missing() -> None:
+def test_adam_bc_leaves_a_parameter_without_a_gradient_alone() -> None:
     one, other = (nn.Parameter(torch.zeros(3)) for _ in range(2))
     optimizer = AdamCorrected([one, other], lr=0.01, deviation=0.1)
     one.grad = torch.ones(3)

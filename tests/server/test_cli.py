@@ -127,7 +127,10 @@ def test_a_signed_plan_verifies_and_a_changed_one_does_not(tmp_path: Path) -> No
     )
     signed = plans.read(file)
     assert is_signed_by(signed.plan, signed.signature, key=key)
-    file.write_text(file.read_text().replace("num_rounds = 20", "num_rounds = 19"))
+    text = file.read_text()
+    changed_text = text.replace("min_patients = ", "min_patients = 1")
+    assert changed_text != text
+    file.write_text(changed_text)
     changed = plans.read(file)
     assert not is_signed_by(changed.plan, changed.signature, key=key)
 

@@ -60,6 +60,7 @@ def reply_to(order: RoundOrder, vector: np.ndarray | None, **changes: Any) -> Si
         "study": order.study,
         "round_": order.round_,
         "kind": order.kind,
+        "attempt": order.attempt,
         "site": order.site,
         "num_patients": 10,
         "update_digest": None if vector is None else digest(vector),
@@ -697,6 +698,18 @@ def test_the_next_round_is_asked_of_the_site_that_was_missing_too(secure: StudyP
         )
     )
     assert [len(each.record.replies) for each in done] == [3, 4]
+
+
+def test_a_late_answer_to_an_earlier_attempt_is_refused(secure: StudyPlan) -> None:
+    first: dict[str, Letter] = {}
+
+    def late(letter: Letter) -> Letter:
+        order = opened(letter)
+        first.setdefault(order.site, hidden(letter))
+        return first[order.site]
+
+    with pytest.raises(RunError, match="east: bad-reply"):
+        summed(secure, with_the_others_hidden(north=lambda _: None, east=late, south=late))
 
 
 def test_what_was_sent_and_received_counts_every_attempt(secure: StudyPlan) -> None:

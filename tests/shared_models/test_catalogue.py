@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import date
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shared_models.catalogue import objections, objections_to_file
+from shared_models.catalogue import STRATEGIES, STRATEGY_PARAMS, objections, objections_to_file
 from shared_models.errors import DocumentError
 from shared_models.plan import StudyPlan, render
+from shared_models.registry import find
 from shared_models.tasks import classification
 
 TODAY = date(2026, 3, 1)
@@ -53,6 +55,26 @@ def test_a_good_plan_meets_no_objection(new_plan: NewPlan) -> None:
             "strategy.params: 'fedavg' takes none",
         ),
         (
+            {"strategy": {"name": "fedavg", "params": {"momentum": 0.5}}},
+            "strategy.params: 'fedavg' takes none; remove momentum",
+        ),
+        (
+            {"strategy": {"name": "fedavgm", "params": {"momentun": 0.5}}},
+            "strategy.params: 'fedavgm' takes momentum; remove momentun",
+        ),
+        (
+            {"strategy": {"name": "fedavgm", "params": {"momentum": 1.0}}},
+            "strategy.params.momentum: expected a number in [0, 1)",
+        ),
+        (
+            {"strategy": {"name": "fedavgm", "params": {"momentum": "much"}}},
+            "strategy.params.momentum: expected a number in [0, 1)",
+        ),
+        (
+            {"strategy": {"name": "fedavgm", "params": {"momentum": [0.5]}}},
+            "strategy.params.momentum: expected a number in [0, 1)",
+        ),
+        (
             {"strategy": {"name": "fedprox"}},
             "training.proximal_mu: expected a number over 0 with the strategy fedprox",
         ),
@@ -83,6 +105,48 @@ def test_a_task_whose_loss_mixes_patients_is_told_with_its_cure(
     )
     (objection,) = objections(new_plan(), today=TODAY)
     assert objection.startswith("task: expected a loss in which no image changes another's")
+
+
+@pytest.mark.parametrize("params", [{}, {"momentum": 0}, {"momentum": 0.9}])
+def test_fedavgm_takes_a_momentum(params: dict[str, Any], new_plan: NewPlan) -> None:
+    assert objections(new_plan(strategy={"name": "fedavgm", "params": params}), today=TODAY) == []
+
+
+@pytest.mark.parametrize(
+    ("frozen", "expected"),
+    [
+        ([], []),
+        (["features.conv0", "features.norm0.weight"], []),
+        (
+            ["feature", "head."],
+            ["training.frozen: no parameter of the net begins with 'head.'"],
+        ),
+        (
+            ["features.", "class_layers."],
+            ["training.frozen: nothing is left to train; freeze less"],
+        ),
+        (
+            ["f", "c", "x"],
+            [
+                "training.frozen: no parameter of the net begins with 'x'",
+                "training.frozen: nothing is left to train; freeze less",
+            ],
+        ),
+    ],
+)
+def test_what_is_frozen_is_some_of_the_nets_parameters_and_not_all(
+    frozen: list[str], expected: list[str], new_plan: NewPlan
+) -> None:
+    training = new_plan().training.model_dump() | {"frozen": frozen}
+    assert objections(new_plan(training=training), today=TODAY) == expected
+
+
+def test_every_strategy_a_plan_may_name_can_be_made() -> None:
+    assert {*STRATEGY_PARAMS} <= {*STRATEGIES}
+    for name in STRATEGIES:
+        function = find("strategies", name, builtin=STRATEGIES)
+        assert {*signature(function).parameters} == STRATEGY_PARAMS.get(name, set())
+        assert function()
 
 
 def test_a_pull_belongs_to_fedprox(new_plan: NewPlan) -> None:

@@ -18,6 +18,7 @@ from shared_models.plan import (
     PrivacyTerms,
     StudyPlan,
     event_of,
+    fewest_honest,
     own_objections,
     parse,
     planned_events,
@@ -286,3 +287,126 @@ def test_a_hostile_plan_with_next_to_no_noise_is_judged_and_refused(new_plan: Ne
 def test_a_plan_cannot_be_changed(plan: StudyPlan) -> None:
     with pytest.raises(ValidationError, match="frozen"):
         plan.seed = 2  # type: ignore[misc]
+
+
+# --- secure aggregation, split noise, and what a round asked again costs
+
+SPLIT = PRIVACY | {"noise_shares": 2}
+SECURE = {"quorum": 2, "secure_aggregation": True}
+ONE_STEP = {
+    "num_rounds": 2,
+    "steps_per_round": 1,
+    "sample_rate": 0.1,
+    "learning_rate": 0.01,
+    "optimizer": "sgd",
+}
+
+
+def test_a_split_noise_under_secure_aggregation_meets_no_objection(new_plan: NewPlan) -> None:
+    assert objections(new_plan(privacy=SPLIT, rounds=SECURE, training=ONE_STEP)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "objection"),
+    [
+        (
+            {"rounds": SECURE | {"quorum": 1}, "privacy": PRIVACY},
+            "rounds.quorum: expected at least 2 under secure_aggregation; one site hides nothing",
+        ),
+        (
+            {"training": ONE_STEP | {"optimizer": "adam-bc"}, "privacy": None},
+            "training.optimizer: adam-bc corrects for noise; add privacy terms or choose adamw",
+        ),
+        (
+            {"rounds": {"quorum": 2}},
+            "privacy.noise_shares: a split noise protects only sums; set "
+            "rounds.secure_aggregation = true, or noise_shares = 1",
+        ),
+        (
+            {"privacy": PRIVACY | {"noise_shares": 3}},
+            "privacy.noise_shares: expected at most the quorum of 2, got 3",
+        ),
+        (
+            {"training": ONE_STEP | {"steps_per_round": 2}},
+            "privacy.noise_shares: what is summed must be one step's gradients; set "
+            'training.steps_per_round = 1 and optimizer = "sgd"',
+        ),
+        (
+            {"training": ONE_STEP | {"optimizer": "adamw"}},
+            "privacy.noise_shares: what is summed must be one step's gradients; set "
+            'training.steps_per_round = 1 and optimizer = "sgd"',
+        ),
+    ],
+)
+def test_terms_that_do_not_go_together_are_objected_to_with_their_cure(
+    new_plan: NewPlan, change: dict[str, Any], objection: str
+) -> None:
+    fields = {"privacy": SPLIT, "rounds": SECURE, "training": ONE_STEP}
+    assert objections(new_plan(**(fields | change))) == [objection]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adam-bc"])
+def test_a_noise_that_is_not_split_may_be_stepped_along_by_any_optimizer(
+    optimizer: str, new_plan: NewPlan
+) -> None:
+    training = ONE_STEP | {"optimizer": optimizer, "steps_per_round": 3}
+    for rounds in (SECURE, {"quorum": 2}):
+        assert objections(new_plan(privacy=PRIVACY, rounds=rounds, training=training)) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where"),
+    [
+        ("noise_shares = 2", "noise_shares = 0", "privacy.noise_shares"),
+        ("noise_shares = 2", "noise_shares = 1001", "privacy.noise_shares"),
+        ("noise_shares = 2", "noise_shares = 1.5", "privacy.noise_shares"),
+        ('clipping = "flat"', 'clipping = "none"', "privacy.clipping"),
+        ("spare = 0", "spare = -1", "rounds.spare"),
+        ("averaging = 0.0", "averaging = 1.0", "rounds.averaging"),
+        ("averaging = 0.0", "averaging = nan", "rounds.averaging"),
+        ("views = 1", "views = 0", "training.views"),
+        ("shift = 0", "shift = -1", "training.shift"),
+        ("shift = 0", "shift = 65", "training.shift"),
+        ("frozen = []", 'frozen = [""]', "training.frozen.0"),
+        ("frozen = []", 'frozen = "head"', "training.frozen"),
+        ('optimizer = "sgd"', 'optimizer = "adam"', "training.optimizer"),
+        ("seed = 0", f'start = "{MARK}"', "start"),
+    ],
+)
+def test_a_new_terms_value_outside_its_bounds_is_told_by_its_field(
+    new_plan: NewPlan, old: str, new: str, where: str
+) -> None:
+    text = render(new_plan(privacy=SPLIT, rounds=SECURE, training=ONE_STEP, seed=0))
+    assert old in text
+    error = refused(text.replace(old, new))
+    assert [o.split(":")[0] for o in error.objections] == [where]
+    assert MARK not in str(error)
+
+
+def test_all_terms_of_a_plan_are_read_as_they_were_written(new_plan: NewPlan) -> None:
+    training = ONE_STEP | {"views": 4, "shift": 2, "frozen": ["features.", "head"], "flips": True}
+    rounds = SECURE | {"spare": 3, "averaging": 0.9}
+    privacy = SPLIT | {"clipping": "automatic"}
+    plan = new_plan(training=training, rounds=rounds, privacy=privacy, start="ab" * 32)
+    assert parse(render(plan)).plan == plan
+
+
+@pytest.mark.parametrize("spare", [0, 5])
+def test_the_budget_covers_the_spare_rounds_and_training_alone_asks_for_none(
+    spare: int, new_plan: NewPlan
+) -> None:
+    rounds = SECURE | {"spare": spare}
+    plan = new_plan(privacy=SPLIT, rounds=rounds, training=ONE_STEP, compare_alone=True)
+    together, alone = planned_events(plan)
+    assert (together.steps, alone.steps) == (2 + spare, 2)
+    assert (together.noise_shares, alone.noise_shares) == (2, 1)
+    assert together.noise_multiplier == alone.noise_multiplier == PRIVACY["noise_multiplier"]
+
+
+@pytest.mark.parametrize(
+    ("privacy", "expected"), [(None, 2), (PRIVACY, 2), (SPLIT, 2), (SPLIT | {"noise_shares": 5}, 5)]
+)
+def test_as_many_sites_must_be_honest_as_share_the_noise_and_two_at_least(
+    privacy: dict[str, Any] | None, expected: int, new_plan: NewPlan
+) -> None:
+    assert fewest_honest(new_plan(privacy=privacy)) == expected

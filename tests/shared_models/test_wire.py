@@ -84,6 +84,35 @@ def test_buckets_of_odd_sizes_are_refused(buckets: tuple[bytes, ...]) -> None:
         unseal(letter, key=PUBLIC)
 
 
+@given(vector=hnp.arrays(np.uint64, st.integers(0, 40)), words=st.integers(1, 20))
+def test_whole_numbers_of_64_bits_travel_as_they_are_wherever_they_are_cut(
+    vector: np.ndarray, words: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wire, "BUCKET_BYTES", 8 * words)
+        buckets = to_buckets(vector)
+    found = from_buckets(buckets, kind="<u8")
+    assert found.dtype == np.dtype("<u8")
+    assert found.tolist() == vector.tolist()
+
+
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_a_reply_says_which_kind_of_numbers_travels_with_it(is_masked: bool) -> None:
+    vector = np.array([2**63, 1, 0], np.uint64) if is_masked else np.ones(3, np.float32)
+    said = REPLY.model_copy(update={"is_masked": is_masked})
+    _, found = unseal(seal(said, key=KEY, vector=vector), key=PUBLIC)
+    assert found is not None
+    assert found.dtype == vector.dtype
+    assert found.tolist() == vector.tolist()
+
+
+def test_buckets_of_odd_sizes_are_refused_under_a_mask_too() -> None:
+    said = REPLY.model_copy(update={"is_masked": True})
+    letter = seal(said, key=KEY)._replace(buckets=(b"123456789012",))
+    with pytest.raises(DocumentError, match="whole 64-bit numbers"):
+        unseal(letter, key=PUBLIC)
+
+
 def test_size_counts_the_payload_in_bytes() -> None:
     letter = seal(ORDER, key=KEY, vector=VECTOR)
     assert letter.size_bytes == len(canonical(ORDER)) + 4 * len(VECTOR)
