@@ -29,14 +29,19 @@ def balance(
     """
     studies = {study: spent(ledger, study=study, delta=delta) for study in studies_of(ledger)}
     total = spent(ledger, delta=delta)
+    shares = max((entry.event.noise_shares for entry in ledger), default=1)
     if as_json:
         costs = {study: cost._asdict() for study, cost in studies.items()}
-        return json.dumps({"unit": "patient", "studies": costs, "lifetime": total._asdict()})
+        found = {"unit": "patient", "studies": costs, "lifetime": total._asdict()}
+        return json.dumps({**found, "noise_shares": shares})
     lines = [_cost(f"study {study[:12]}", cost, per_study) for study, cost in studies.items()]
     lines += [_cost("all studies", total, lifetime)]
-    return "\n".join(
-        [*lines, "per patient; dp_accounting PLD, rounded up; Poisson; add or remove one patient"]
-    )
+    lines += ["per patient; dp_accounting PLD, rounded up; Poisson; add or remove one patient"]
+    if shares > 1:
+        lines += [
+            f"in sums over sites only, as long as {shares} of them keep their noise to themselves"
+        ]
+    return "\n".join(lines)
 
 
 def _cost(what: str, cost: Spent, limit: float | None) -> str:

@@ -240,6 +240,7 @@ def test_budget_tells_machines_the_same(hospital, charged: dict[str, float]) -> 
     assert json.loads(found.output) == {
         "unit": "patient",
         "lifetime": costs.pop("all"),
+        "noise_shares": 1,
         "studies": costs,
     }
 

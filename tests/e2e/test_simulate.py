@@ -58,7 +58,8 @@ def test_real_images_are_trained_in_process(
     plan = recipes.plan_for(
         data, name="test", task=task, coordinator=KEY, seed=0, epsilon=epsilon, num_rounds=1
     )
-    short = plan.training.model_copy(update={"steps_per_round": 2, "sample_rate": 0.2})
+    steps = plan.training.steps_per_round if epsilon else 2
+    short = plan.training.model_copy(update={"steps_per_round": steps, "sample_rate": 0.2})
     report = simulate(
         plan.model_copy(update={"training": short}),
         sites,

@@ -207,6 +207,9 @@ def test_the_last_look_asks_about_everybody() -> None:
 def test_processes_are_found_by_their_mark() -> None:
     environment = os.environ | {link.MARK: "this one"}
     with subprocess.Popen(["sleep", "30"], env=environment, start_new_session=True) as process:
+        started = time.monotonic()  # the kernel shows a new program's environment a little later
+        while not link._marked("this one") and time.monotonic() - started < 10:
+            time.sleep(0.01)
         assert link._marked("this one") == [process.pid]
         assert link._marked("this") == []
         link._end(process, mark="this one")

@@ -22,6 +22,7 @@ from shared_models.contracts import (
     Contract,
     Countersignature,
     Evaluation,
+    PrivacyEvent,
     PrivacyStatement,
     Refusal,
     ReleaseManifest,
@@ -468,6 +469,7 @@ def test_a_ledgers_epsilon_is_computed_again(ledger: Path, private: StudyPlan) -
             "b" * 64: {"epsilon": cost(5), "delta": 1e-3},
         },
         "lifetime": {"epsilon": cost(15), "delta": 1e-3},
+        "noise_shares": 1,
     }
     plain = CliRunner().invoke(app, ["epsilon", str(ledger), "--delta", "1e-3"])
     assert f"all studies         epsilon {cost(15):.4f}" in plain.stdout
@@ -518,3 +520,22 @@ def test_an_auditor_needs_neither_torch_nor_flower() -> None:
         "sys.exit(bool({'torch', 'flwr', 'monai', 'opacus'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_balance_says_what_a_split_noise_rests_on() -> None:
+    from shared_models.terminal import balance
+
+    event = PrivacyEvent(
+        sample_rate=0.1,
+        noise_multiplier=2.0,
+        max_grad_norm=1.0,
+        images_per_patient=1,
+        steps=3,
+        noise_shares=4,
+    )
+    entry = Reservation(
+        study="1" * 64, round_=0, event=event, delta=1e-4, when=datetime(2026, 1, 1, tzinfo=UTC)
+    )
+    alone = entry.model_copy(update={"event": event.model_copy(update={"noise_shares": 1})})
+    assert "as long as 4 of them" in balance([alone, entry], as_json=False)
+    assert "as long as" not in balance([alone], as_json=False)
