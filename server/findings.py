@@ -128,7 +128,7 @@ def privacy_sentence(report: StudyReport) -> str:
         )
     is_sum = weakest.noise_shares > 1
     what = (
-        "The sum of what the hospitals sent, which is all that the coordinator saw,"
+        "The sum of the hospitals' updates, the only form in which the coordinator saw them,"
         if is_sum
         else "What the hospitals sent"
     )

@@ -36,7 +36,8 @@ from shared_models.weights import load
 
 #: Student's t for a two-sided 95 % interval, by the number of seeds.
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
-FROZEN = {"cxr_pneumonia": "features.", "hippocampus_mr": "model.0."}
+#: Where the last layers' parameters begin, which alone are trained where the others are frozen.
+LAST = {"cxr_pneumonia": "class_layers", "hippocampus_mr": "model.2."}
 
 
 def changed(plan: StudyPlan, **tables: dict) -> StudyPlan:
@@ -73,8 +74,7 @@ VARIANTS: dict[str, Callable[[StudyPlan], StudyPlan]] = {
     "4 views, shifted by up to 2": lambda plan: changed(plan, training={"views": 4, "shift": 2}),
     "automatic clipping": lambda plan: changed(plan, privacy={"clipping": "automatic"}),
     "bias-corrected DP-Adam": corrected_adam,
-    "frozen first layers": lambda plan: plan,  # completed in `run`, by the set's net
-    "no privacy": lambda plan: plan.model_copy(update={"privacy": None}),
+    "frozen first layers": lambda plan: plan,  # `run` freezes them: which, depends on the net
 }
 
 
@@ -106,7 +106,6 @@ def run(job: Run, *, data_dir: Path) -> tuple[Run, dict[str, float]]:
                 root_certificates=Path("none"),
                 manifest=site_dir / "manifest.csv",
                 root=data.root,
-                allow_without_privacy=job.variant == "no privacy",
                 max_epsilon=job.epsilon,
             )
         terms = recipes.start_terms(data, task=task, epsilon=job.epsilon)
@@ -139,9 +138,7 @@ def run(job: Run, *, data_dir: Path) -> tuple[Run, dict[str, float]]:
 
 def frozen(file: Path, name: str) -> tuple[str, ...]:
     """Return all parameters but those of the last layers."""
-    names = sorted(load(file))
-    kept = ("class_layers",) if name == "cxr_pneumonia" else ("model.2.",)
-    return tuple(n for n in names if not n.startswith(kept))
+    return tuple(n for n in sorted(load(file)) if not n.startswith(LAST[name]))
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
@@ -184,7 +181,7 @@ def jobs_of(arguments: argparse.Namespace) -> list[Run]:
     names = [name for name in SETS if arguments.only in (None, name)]
     runs = []
     for name, seed, variant in product(names, range(arguments.seeds), arguments.variants):
-        is_private = variant not in ("no privacy", "start only")
+        is_private = variant != "start only"
         epsilons: Iterable[float] = arguments.epsilons if is_private else [max(arguments.epsilons)]
         runs += [Run(name, epsilon, variant, seed) for epsilon in epsilons]
     return runs
