@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,8 +151,8 @@ def test_a_private_study_of_summed_updates_states_what_its_epsilon_rests_on(
         assert site.privacy.epsilon_unmasked > 1.2 * cost
         assert site.privacy.covers == COVERS_SUMS.format(noise_shares=2)
         assert site.privacy.does_not_cover == DOES_NOT_COVER_SUMS
-    page = (out / "report.html").read_text()
-    assert "The sum of what the hospitals sent" in page
+    page = html.unescape((out / "report.html").read_text())
+    assert "The sum of the hospitals' updates, the only form" in page
     assert "It holds as long as 2 of them keep their share" in page
     trained = flatten(load(out / "model" / "weights.safetensors"))
     assert np.abs(trained - flatten(load(out / FILE))).max() > 0
