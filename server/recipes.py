@@ -24,6 +24,8 @@ from shared_models.volume import NIFTI, PICTURES
 FOLDER = "plans"
 VALID_DAYS = 30
 MOST_DELTA = 1e-3
+#: The epsilon at which the recipes' private learning rates were chosen.
+USUAL_EPSILON = 8.0
 
 
 def plan_for(
@@ -54,6 +56,7 @@ def plan_for(
     private = recipe.pop("private")
     if epsilon is not None:
         recipe |= {t: content for t, content in private.items() if t not in ("privacy", "start")}
+        recipe["training"] |= _slower(recipe["training"], epsilon)
     if num_rounds is not None:
         recipe["training"]["num_rounds"] = num_rounds
     recipe["task"]["params"] = {"classes": list(data.classes), **recipe["task"].get("params", {})}
@@ -88,6 +91,17 @@ def plan_for(
         }
     )
     return calibrated(plan)
+
+
+def _slower(training: dict[str, Any], epsilon: float) -> dict[str, float]:
+    """Return plain SGD's rates, smaller as the noise for a small ``epsilon`` grows.
+
+    The noise multiplier is about inversely proportional to epsilon, and so a step's noise stays
+    what it is at the usual epsilon.
+    """
+    factor = min(1.0, epsilon / USUAL_EPSILON) if training.get("optimizer") == "sgd" else 1.0
+    rates = ("learning_rate", "learning_rate_end")
+    return {name: float(f"{factor * training[name]:.6g}") for name in rates if name in training}
 
 
 def calibrated(plan: StudyPlan) -> StudyPlan:

@@ -8,11 +8,14 @@ costs as much privacy as training together). Every variant changes what its row 
 else; its noise is calibrated anew to the same epsilon. Patient-level, delta 1 / (10 N) for all N
 training patients, add or remove one, Poisson sampling, PLD accountant. Figures are the headline
 metric on the manifest's test split: means over seeds with 95 % t intervals. The recipe's
-hyper-parameters were chosen on these data, which no epsilon accounts for.
+hyper-parameters were chosen on these data, which no epsilon accounts for. Runs that FILE
+holds are not repeated, so that a long table may be made in several sittings.
 """
 
 import argparse
 import json
+import os
+import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable
@@ -29,10 +32,10 @@ from rich.table import Table
 
 from client import setup
 from server import recipes, start
-from server.hospitals import adopt, write_manifests
+from server.hospitals import DataSet, adopt, write_manifests
 from server.simulate import simulate
 from shared_models.plan import StudyPlan
-from shared_models.weights import load
+from shared_models.weights import digest, flatten, load
 
 #: Student's t for a two-sided 95 % interval, by the number of seeds.
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
@@ -87,10 +90,11 @@ class Run(NamedTuple):
     seed: int
 
 
-def run(job: Run, *, data_dir: Path) -> tuple[Run, dict[str, float]]:
+def run(job: Run, *, data_dir: Path, cache: Path) -> tuple[Run, dict[str, float]]:
     """Simulate the study and return the headline metric on all test patients and on each site's.
 
-    For the variant called ``start only`` nothing is trained but the warm start.
+    For the variant called ``start only`` nothing is trained but the warm start. Starts are kept in
+    ``cache``, for the same set and seed give the same one.
     """
     task, _ = SETS[job.name]
     data = adopt(data_dir / job.name, task=task)
@@ -121,7 +125,7 @@ def run(job: Run, *, data_dir: Path) -> tuple[Run, dict[str, float]]:
             compare_alone=False,
         )
         if terms is not None and job.variant != "no warm start":
-            plan, _ = start.warmed(plan, own, root=data.root, run_dir=folder, terms=terms)
+            plan = warmed(plan, folder, cache / f"{job.name}-{job.seed}", data, terms)
         if job.variant == "start only":
             weights = folder / "out" / "model"
             weights.mkdir(parents=True)
@@ -134,6 +138,18 @@ def run(job: Run, *, data_dir: Path) -> tuple[Run, dict[str, float]]:
         given = folder / start.FILE if plan.start is not None else None
         simulate(plan, list(dirs.values()), folder / "out", start=given)
         return job, on_test(plan, data, folder)
+
+
+def warmed(
+    plan: StudyPlan, folder: Path, kept: Path, data: DataSet, terms: start.StartTerms
+) -> StudyPlan:
+    """Return the plan with its warm start, which then lies in ``folder`` and is kept."""
+    if not kept.exists():
+        start.warmed(plan, folder / "start.csv", root=data.root, run_dir=folder, terms=terms)
+        own = shutil.copyfile(folder / start.FILE, kept.with_suffix(f".{os.getpid()}"))
+        own.replace(kept)
+    shutil.copyfile(kept, folder / start.FILE)
+    return plan.model_copy(update={"start": digest(flatten(load(kept)))})
 
 
 def frozen(file: Path, name: str) -> tuple[str, ...]:
@@ -171,6 +187,14 @@ def table(name: str, found: dict[Run, dict[str, float]]) -> Table:
     return shown
 
 
+def read(file: Path | None) -> dict[Run, dict[str, float]]:
+    """Return the runs a file of ``--json`` holds."""
+    if file is None or not file.exists():
+        return {}
+    fields = [(entry.pop("metric"), entry) for entry in json.loads(file.read_text())]
+    return {Run(**entry): metric for metric, entry in fields}
+
+
 def as_json(found: dict[Run, dict[str, float]]) -> list[dict]:
     """Return one object a run."""
     return [{**job._asdict(), "metric": values} for job, values in found.items()]
@@ -200,13 +224,17 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    runs, found = jobs_of(arguments), dict[Run, dict[str, float]]()
-    with ProcessPoolExecutor(arguments.jobs, max_tasks_per_child=1) as pool:
-        results = pool.map(partial(run, data_dir=arguments.data), runs)
-        for job, values in track(results, total=len(runs), description="training"):
+    found = read(arguments.json)
+    runs = [job for job in jobs_of(arguments) if job not in found]
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        ProcessPoolExecutor(arguments.jobs, max_tasks_per_child=1) as pool,
+    ):
+        work = partial(run, data_dir=arguments.data, cache=Path(cache))
+        for job, values in track(pool.map(work, runs), total=len(runs), description="training"):
             found[job] = values
             if arguments.json:
-                arguments.json.write_text(json.dumps(as_json(found), indent=1))
+                arguments.json.write_text(json.dumps(as_json(found), indent=1) + "\n")
     for name in dict.fromkeys(job.name for job in found):
         Console().print(table(name, found))
 

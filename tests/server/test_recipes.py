@@ -94,6 +94,19 @@ def test_fewer_rounds_need_less_noise_for_the_same_epsilon() -> None:
     assert short.privacy.noise_multiplier < long.privacy.noise_multiplier
 
 
+def test_a_small_epsilon_is_met_with_smaller_steps() -> None:
+    """The noise of a step, its rate times its deviation, hardly grows; a large epsilon is as 8."""
+    plans = {value: made("classification", "picture", target=value) for value in (2.0, 8.0, 16.0)}
+    assert plans[16.0].training.learning_rate == plans[8.0].training.learning_rate
+    assert plans[2.0].training.learning_rate == plans[8.0].training.learning_rate / 4
+    noise = {
+        value: plan.training.learning_rate * plan.privacy.noise_multiplier
+        for value, plan in plans.items()
+        if plan.privacy is not None
+    }
+    assert noise[2.0] < 1.2 * noise[8.0]
+
+
 @pytest.mark.parametrize("target", [0.0, -1.0, 1e-9, float("nan"), float("inf")])
 def test_an_epsilon_that_cannot_be_met_is_told_with_the_cure(target: float) -> None:
     with pytest.raises(ConsiliaError, match="ask for more, or plan fewer --rounds"):
