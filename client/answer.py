@@ -1,12 +1,13 @@
 """From an order to a reply, inside the hospital.
 
 The order of things is the site's whole security: read and verify, judge, reserve, train, gate,
-keep, commit. A refusal is an answer like any other; its reason in words stays in the site's own
-log.
+keep, commit, write down. A refusal is an answer like any other; its reason in words stays in the
+site's own log.
 
 Guarantees:
     An order to train given again is answered with the same bytes for nothing, or charged again.
     A reply to training that cannot be kept on disk and committed does not leave.
+    What cannot be written in the journal does not leave.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client import config as configs
-from client import ledger, masks, outbox, peers, studies
+from client import journal, ledger, masks, outbox, peers, studies
 from client.config import SiteConfig
 from client.gate import Refused, Result, pass_out, refusal
 from client.policy import judge
@@ -66,6 +67,24 @@ class Site:
         self.key = key
         self.studies: dict[str, Study] = {}
         self.last_round: dict[tuple[str, str], int] = {}
+        self.book = journal.Book(config.state_dir, config.name, key)
+        self.is_caught_up = False
+
+    def note(self, event: journal.Event) -> None:
+        """Write ``event`` in the journal, which is first made to agree with the ledger if need be.
+
+        Raises:
+            Exception: whatever keeps it from being written; then nothing may leave.
+        """
+        if not self.is_caught_up:
+            journal.catch_up(self.book)
+            self.is_caught_up = True
+        journal.append(self.book, event)
+
+    def note_charge(self, event: journal.Event) -> None:
+        """Write down the ledger's newest line, before which the journal had all of it."""
+        journal.append(self.book, event)
+        self.is_caught_up = True
 
 
 class Seat(NamedTuple):
@@ -82,11 +101,12 @@ def open_site(config_file: Path) -> Callable[[Letter], Letter]:
     What a crash left in the ledger is put right first.
 
     Raises:
-        DocumentError: if the configuration or the key cannot be read.
+        DocumentError: if the configuration, the key or the journal cannot be read.
     """
     config = configs.read(config_file)
     site = Site(config, key=load_key(config.signing_key))
     ledger.repair(config.state_dir)
+    journal.note_config(site.book, config_file)
     return lambda letter: answer(letter, site)
 
 
@@ -133,10 +153,26 @@ def rehearse(
 
 
 def answer(letter: Letter, site: Site) -> Letter:
-    """Return the site's reply to ``letter``: a result that passed the gate, or a refusal."""
+    """Return the site's reply to ``letter``, once it stands in the journal."""
+    said = _judged(letter, site)
+    event = journal.event_of_letter(said)
+    try:
+        journal.append(site.book, event)  # a refusal may be of a ledger that cannot be read
+    except Exception as error:
+        log.error("the journal cannot be written: %s; nothing leaves", type(error).__name__)
+        order = _unknown_order(site).model_copy(
+            update={"study": event.study, "round_": event.round_, "kind": event.order_kind}
+        )
+        return seal(refusal(order, "failed"), key=site.key)
+    return said
+
+
+def _judged(letter: Letter, site: Site) -> Letter:
+    """Return what is to be said to ``letter``: a result that passed the gate, or a refusal."""
     order = _unknown_order(site)
     try:
         order, vector = _opened(letter, site)
+        site.note(journal.event_of_order(order))
         study = _admitted(order, vector, site)
         log.info("round %d: %s", order.round_, order.kind)
         said = _said_before(order, study.plan, site) or _said_now(order, vector, study, site)
@@ -274,7 +310,9 @@ def _said_now(order: RoundOrder, vector: Array, study: Study, site: Site) -> Let
     if order.kind != "evaluate":
         outbox.keep(config.state_dir, order, letter=letter, policy=config.policy)
     if result.charge is not None:
-        ledger.commit(config.state_dir, result.charge, reply=digest_of(passed[0]))
+        site.is_caught_up = False  # until the journal has what the ledger has
+        commit = ledger.commit(config.state_dir, result.charge, reply=digest_of(passed[0]))
+        site.note_charge(journal.event_of_charge(commit))
     return letter
 
 
@@ -374,6 +412,7 @@ def _charge(
         return None, None
     steps = rounds * study.plan.training.steps_per_round
     policy = site.config.policy
+    site.is_caught_up = False  # until the journal has what the ledger has
     charged = ledger.reserve(
         site.config.state_dir,
         study=order.study,
@@ -385,7 +424,9 @@ def _charge(
             delta=privacy.delta,
         ),
     )
-    return charged[-1], statement(events_of(charged), delta=privacy.delta)
+    stated = statement(events_of(charged), delta=privacy.delta)
+    site.note_charge(journal.event_of_charge(charged[-1], epsilon=stated.epsilon))
+    return charged[-1], stated
 
 
 def device_of(config: SiteConfig) -> str:

@@ -93,17 +93,21 @@ def approve(
     from pydantic import ValidationError
 
     from client import config as configs
-    from client import studies
+    from client import journal, studies
     from shared_models import plan as plans
-    from shared_models.signing import load_key
+    from shared_models.signing import digest, load_key
 
     signed, site = plans.read(plan), configs.read(config)
     objections = studies.objections(signed, site, today=_today())
-    if objections:
-        _verdict(objections, as_json=as_json)
     key = load_key(site.signing_key)
+    book = journal.Book(site.state_dir, site.name, key)
     try:
+        if objections:
+            event = journal.Event("refused-plan", study=digest(signed.plan), who=who)
+            journal.append(book, event)
+            _verdict(objections, as_json=as_json)
         found = studies.approve(signed, site, key=key, who=who)
+        journal.note_config(book, config)
     except ValidationError as error:
         raise typer.BadParameter("expected who approves in 1 to 120 characters") from error
     if as_json:
@@ -121,12 +125,18 @@ def trust(
 ) -> None:
     """Trust other hospitals to hide this one's updates among. Compare their keys by phone first."""
     from client import config as configs
+    from client import journal
     from client import peers as trusted
+    from shared_models.signing import load_key
 
-    file = configs.read(config).policy.peers
+    site = configs.read(config)
+    book = journal.Book(site.state_dir, site.name, load_key(site.signing_key))
     for pair in peers:
         name, _, key = pair.partition("=")
-        trusted.trust(file, name=name, key=key)
+        trusted.check(name=name, key=key)
+        trusted.read(site.policy.peers)
+        journal.append(book, journal.Event("trusted", who=name, key=key))
+        trusted.trust(site.policy.peers, name=name, key=key)
         print(f"trusted: {name}")
 
 
@@ -152,8 +162,9 @@ def budget(config: ConfigFile = Path("site.toml"), as_json: AsJson = False) -> N
 @app.command()
 def start(config: ConfigFile = Path("site.toml")) -> None:
     """Run the site agent until it is stopped (Ctrl-C or SIGTERM)."""
-    from client import agent, answer
+    from client import agent, answer, journal
     from client import config as configs
+    from shared_models.signing import load_key
 
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -167,7 +178,12 @@ def start(config: ConfigFile = Path("site.toml")) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     link = agent.FleetLink(site.link.address, site.link.root_certificates, site.link.node_key)
-    agent.run(link, answer_letter, stop=stop)
+    book = journal.Book(site.state_dir, site.name, load_key(site.signing_key))
+    journal.append(book, journal.Event("started"))
+    try:
+        agent.run(link, answer_letter, stop=stop)
+    finally:
+        journal.append(book, journal.Event("stopped"))
 
 
 def _verdict(objections: list[str], *, as_json: bool) -> None:

@@ -98,7 +98,7 @@ def reserve(
     return tuple(entry for entry in entries if entry.study == study)
 
 
-def commit(state_dir: Path, charge: Reservation, *, reply: str) -> None:
+def commit(state_dir: Path, charge: Reservation, *, reply: str) -> Commit:
     """Write down that from here on the reply of digest ``reply``, made under ``charge``, may leave.
 
     Raises:
@@ -114,6 +114,7 @@ def commit(state_dir: Path, charge: Reservation, *, reply: str) -> None:
             when=datetime.now(UTC),
         )
         _append(state_dir / FILE, new)
+    return new
 
 
 def is_committed(state_dir: Path, reply: str) -> bool:

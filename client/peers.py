@@ -42,12 +42,22 @@ def trust(file: Path, *, name: str, key: str) -> None:
     Raises:
         DocumentError: if the file is no list of peers, or this is no name or no key.
     """
+    check(name=name, key=key)
+    peers = {**read(file), name: key}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace(file, tomli_w.dumps(dict(sorted(peers.items()))).encode())
+
+
+def check(*, name: str, key: str) -> None:
+    """Check that these are a site's name and a public key.
+
+    Raises:
+        DocumentError: if they are not.
+    """
     try:
-        peers = _PEERS.validate_python({**read(file), name: key})
+        _PEERS.validate_python({name: key})
     except ValidationError:
         raise DocumentError(
             "expected a site's name (letters, digits, - and _) and its public signing key "
             "(64 hexadecimal digits)"
         ) from None
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace(file, tomli_w.dumps(dict(sorted(peers.items()))).encode())

@@ -8,6 +8,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import ValidationError
 
+from client import journal
 from client.config import SiteConfig
 from client.policy import judge
 from shared_models import plan as plans
@@ -35,6 +36,7 @@ def approve(
     """Keep the plan and this site's signature over it; the caller has seen no objections.
 
     Raises:
+        DocumentError: if the journal is not this site's own; nothing is approved then.
         pydantic.ValidationError: if ``who`` is empty or too long.
     """
     study = digest(signed.plan)
@@ -46,6 +48,8 @@ def approve(
     if signed.plan.rounds.secure_aggregation:
         approval = approval.model_copy(update={"mask_key": _mask_key(folder)})
     countersignature = Countersignature(approval=approval, signature=sign(approval, key=key))
+    event = journal.Event("approved", study=study, who=who, digest=digest(approval))
+    journal.append(journal.Book(site.state_dir, site.name, key), event)
     replace(folder / "plan.toml", plans.render(signed.plan, signed.signature).encode())
     replace(folder / "approval.json", countersignature.model_dump_json(indent=2).encode())
     return countersignature

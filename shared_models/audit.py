@@ -7,6 +7,7 @@ computed again; metrics are the parties' own word.
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from shared_models import journal
 from shared_models import plan as plans
 from shared_models.contracts import (
     AuditReport,
@@ -21,6 +23,7 @@ from shared_models.contracts import (
     PrivacyStatement,
     ReleaseManifest,
     RoundRecord,
+    SignedCheckpoint,
     StudyReport,
 )
 from shared_models.errors import EXIT_CODES_HELP, DocumentError
@@ -44,11 +47,23 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")
 
 @app.command()
 def verify(
-    run_dir: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    folder: Annotated[Path, typer.Argument(help="A finished run's folder, or a site's.")],
+    key: Annotated[str | None, typer.Option(help="The public key a site has to sign with.")] = None,
+    checkpoint: Annotated[
+        list[Path] | None, typer.Option(help="A site's signed checkpoint, kept elsewhere.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a run: signatures, approvals, every epsilon, the model's digest. Exit 0: all hold."""
-    found = audit_run(run_dir)
+    """Check a run: signatures, approvals, every epsilon, the model's digest. Exit 0: all hold.
+
+    Of a site (a folder with a site.toml): its journal and its ledger, one against the other.
+    """
+    if (folder / "site.toml").exists():
+        found = audit_site(folder, key=key, checkpoints=tuple(checkpoint or ()))
+    elif key is not None or checkpoint:
+        raise typer.BadParameter("--key and --checkpoint are of a site; there is no site.toml")
+    else:
+        found = audit_run(folder)
     if as_json:
         print(found.model_dump_json())
     else:
@@ -95,8 +110,49 @@ def audit_run(run_dir: Path) -> AuditReport:
         *_privacy_findings(signed.plan, records, report),
         *_model_findings(run_dir, records, report),
     ]
+    return _report(digest(signed.plan), findings)
+
+
+def audit_site(
+    site_dir: Path, *, key: str | None = None, checkpoints: tuple[Path, ...] = ()
+) -> AuditReport:
+    """Return every check of a site's journal and ledger with its verdict.
+
+    Raises:
+        DocumentError: if the site.toml, the journal or a checkpoint cannot be read at all.
+        LedgerError: if the ledger cannot be read whole.
+    """
+    try:
+        site = tomllib.loads(plans.read_text(site_dir / "site.toml"))
+        name, state_dir = str(site["name"]), site_dir / str(site["state_dir"])
+        content = (state_dir / journal.FILE).read_bytes()
+        charges = state_dir / "ledger.jsonl"
+        ledger = parse_ledger(charges.read_bytes() if charges.exists() else b"")
+    except (OSError, ValueError, LookupError) as error:
+        raise DocumentError(f"cannot read the site's journal: {type(error).__name__}") from error
+    points = [_parsed(file, SignedCheckpoint.model_validate_json) for file in checkpoints]
+    chain = journal.follow(content, key=key, site=name)
+    whose = "the key the auditor gave" if key else "the key its first entry states"
+    checks = {
+        f"the journal's entries follow one another, signed with {whose}": (
+            [] if chain.fault is None else [chain.fault]
+        ),
+        "the journal and the ledger agree": list(journal.ledger_faults(chain.lines, ledger)),
+    }
+    if points:
+        found = list(journal.checkpoint_faults(chain.lines, points, key=key))
+        checks[f"the journal holds all that {len(points)} checkpoints know of"] = found
+    findings = [
+        finding
+        for text, faults in checks.items()
+        for finding in ([(fault, False) for fault in faults] or [(text, True)])
+    ]
+    return _report(name, findings)
+
+
+def _report(subject: str, findings: list[Finding]) -> AuditReport:
     return AuditReport(
-        subject=digest(signed.plan),
+        subject=subject,
         passed=tuple(text for text, holds in findings if holds),
         failed=tuple(text for text, holds in findings if not holds),
     )

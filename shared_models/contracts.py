@@ -11,7 +11,7 @@ a new meaning: add a field and raise ``schema_version``. The JSON schemas are go
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -281,6 +281,114 @@ class Refusal(Contract):
     code: RefusalCode
 
 
+# --- what a site writes down of itself
+
+
+JournalKind = Literal[
+    "opened",
+    "started",
+    "stopped",
+    "config",
+    "trusted",
+    "approved",
+    "refused-plan",
+    "withdrawn",
+    "order",
+    "refusal",
+    "reservation",
+    "commit",
+    "reply",
+    "repaired",
+    "checkpoint",
+]
+
+#: The fields each kind of entry has; it has no others. An epsilon may be left out.
+JOURNAL_FIELDS: dict[JournalKind, tuple[str, ...]] = {
+    "opened": ("key",),
+    "started": (),
+    "stopped": (),
+    "config": ("digest",),
+    "trusted": ("who", "key"),
+    "approved": ("study", "who", "digest"),
+    "refused-plan": ("study", "who"),
+    "withdrawn": ("study", "who"),
+    "order": ("study", "round_", "order_kind", "attempt", "digest"),
+    "refusal": ("study", "round_", "order_kind", "code"),
+    "reservation": ("study", "round_", "order_kind", "attempt", "digest", "epsilon", "delta"),
+    "commit": ("study", "round_", "order_kind", "attempt", "digest"),
+    "reply": ("study", "round_", "order_kind", "attempt", "digest", "size_bytes"),
+    "repaired": ("digest", "size_bytes"),
+    "checkpoint": ("digest",),
+}
+
+
+class JournalEntry(Contract):
+    """One thing that was asked, decided or sent at a site; none of it comes from a patient.
+
+    ``previous`` is the digest of the signed line before this one, zeros for the first, which states
+    the site's public signing ``key``. ``digest`` is that of what the entry is about: the site.toml,
+    the approval, the order, the ledger's line, the reply, the bytes a crash cut short, the
+    checkpoint. ``epsilon`` is what the study has cost a patient so far. ``who`` approved or
+    refused; of what is trusted it is the peer's name, and ``key`` its key.
+    """
+
+    schema_version: Literal[1] = 1
+    site: SiteName
+    index: Count
+    previous: Digest
+    when: datetime
+    kind: JournalKind
+    study: Digest | None = None
+    round_: Count | None = None
+    order_kind: OrderKind | None = None
+    attempt: Count | None = None
+    code: RefusalCode | None = None
+    digest: Digest | None = None
+    size_bytes: Count | None = None
+    epsilon: NonNegative | None = None
+    delta: Probability | None = None
+    who: Annotated[str, Field(min_length=1, max_length=120)] | None = None
+    key: PublicKey | None = None
+
+    @model_validator(mode="after")
+    def _check_that_the_fields_are_the_kinds(self) -> Self:
+        common = {"schema_version", "site", "index", "previous", "when", "kind"}
+        given = {name for name, value in self if value is not None} - common
+        expected = set(JOURNAL_FIELDS[self.kind])
+        if given | {"epsilon"} != expected | {"epsilon"} or not given <= expected:
+            raise ValueError(f"expected of '{self.kind}' exactly {', '.join(sorted(expected))}")
+        is_first = self.index == 0
+        if (self.kind == "opened") is not is_first or is_first is not (self.previous == "0" * 64):
+            raise ValueError("expected 'opened' first, following nothing, and nowhere else")
+        if self.when.utcoffset() != timedelta(0):
+            raise ValueError("expected a time in UTC")
+        return self
+
+
+class JournalLine(Contract):
+    """One line of a site's journal: an entry and the site's signature over it."""
+
+    entry: JournalEntry
+    signature: Signature
+
+
+class Checkpoint(Contract):
+    """How far a journal had come: the digest of its signed line at ``index``."""
+
+    schema_version: Literal[1] = 1
+    site: SiteName
+    index: Count
+    head: Digest
+    when: datetime
+
+
+class SignedCheckpoint(Contract):
+    """A checkpoint with the site's signature: kept elsewhere, it holds the site to its journal."""
+
+    checkpoint: Checkpoint
+    signature: Signature
+
+
 # --- what the coordinator keeps and publishes
 
 
@@ -413,6 +521,10 @@ CONTRACTS: tuple[type[Contract], ...] = (
     Refusal,
     Approval,
     Countersignature,
+    JournalEntry,
+    JournalLine,
+    Checkpoint,
+    SignedCheckpoint,
     RoundRecord,
     ValidationReport,
     StudyReport,

@@ -10,7 +10,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 from uuid import uuid4
+
+BLOCK_BYTES = 2**16
+
+
+class Tail(NamedTuple):
+    """A file's last whole line, without its end, and what stands after it; empty if none does."""
+
+    line: bytes
+    torn: bytes
 
 
 def replace(file: Path, content: bytes, *, mode: int = 0o666) -> None:
@@ -53,15 +63,42 @@ def append_line(file: Path, line: str) -> None:
         raise ValueError("expected one line, got a line end in it")
     is_new = not file.exists()
     with file.open("a+b") as stream:
-        stream.seek(0)
-        content = stream.read()
-        if not content.endswith(b"\n"):
-            stream.truncate(content.rfind(b"\n") + 1)
+        size = stream.seek(0, os.SEEK_END)
+        end = _after_line_end(stream, size)
+        if end < size:
+            stream.truncate(end)
         stream.write(line.encode() + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
     if is_new:
         _sync_folder(file.parent)
+
+
+def read_tail(file: Path) -> Tail:
+    """Return how ``file`` ends, reading no more of it than that.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
+    with file.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        end = _after_line_end(stream, size)
+        start = _after_line_end(stream, max(end - 1, 0))
+        stream.seek(start)
+        tail = stream.read(size - start)
+    return Tail(tail[: max(end - 1 - start, 0)], tail[end - start :])
+
+
+def _after_line_end(stream: BinaryIO, size: int) -> int:
+    """Return where the last line end within the first ``size`` bytes ends; 0 if there is none."""
+    while size > 0:
+        start = max(0, size - BLOCK_BYTES)
+        stream.seek(start)
+        found = stream.read(size - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        size = start
+    return 0
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1092,6 +1092,15 @@ def test_a_patient_left_out_for_a_non_finite_gradient_is_told_to_the_log_only(
     assert "finite" not in letters[0].document
 
 
+def test_the_journal_holds_nothing_of_a_patient(house: House, mark: str) -> None:
+    house.ask("evaluate")
+    house.ask()
+    house.ask(round_=99)
+    content = (house.site.config.state_dir / "journal.jsonl").read_bytes()
+    assert content.count(b'"kind":"reply"') == 2
+    assert mark.encode() not in content
+
+
 # --- opening a site, rehearsing
 
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from client import config, ledger, peers, studies
 from client.cli import app
-from shared_models import audit
+from shared_models import audit, journal
 from shared_models import plan as plans
 from shared_models.contracts import Countersignature
 from shared_models.errors import ConsiliaError, DocumentError, LedgerError
@@ -147,7 +147,9 @@ def test_approve_refuses_what_the_rules_forbid(
     found = run("approve", file, "--who", "Dr. Reed", "--config", hospital.config_file)
     assert found.exit_code == 1
     assert found.output.splitlines() == [objection, "1 objection: not admitted"]
-    assert not (hospital.folder / "state").exists()
+    assert not (hospital.folder / "state" / "studies").exists()
+    lines = journal.parse((hospital.folder / "state" / journal.FILE).read_bytes())
+    assert [line.entry.kind for line in lines] == ["opened", "refused-plan"]
 
 
 def test_nobody_overrides_the_rules(hospital, plan_file: PlanFiles) -> None:

@@ -24,7 +24,7 @@ from client import ledger, outbox, studies
 from client.answer import Site, Study, answer
 from client.config import SiteConfig
 from client.gate import Result
-from shared_models import signing
+from shared_models import journal, signing
 from shared_models.contracts import RoundOrder
 from shared_models.plan import SignedPlan, StudyPlan, event_of
 from shared_models.privacy import spent, statement
@@ -219,6 +219,16 @@ def end_everywhere(
 # --- what must hold wherever it ended
 
 
+def check_journal(house: House) -> None:
+    """Check that the journal is whole, says what the ledger says, and has all that was sent."""
+    content = (house.config.state_dir / journal.FILE).read_bytes()
+    assert journal.faults(content, key=signing.public_key(KEY), site="north") == []
+    lines = journal.parse(content)
+    assert list(journal.ledger_faults(lines, ledger.read(house.config.state_dir))) == []
+    noted = {line.entry.digest for line in lines if line.entry.kind == "reply"}
+    assert {reply for _, reply in house.noted("sent")} <= noted
+
+
 def check(house: House) -> None:
     """Check that no training and no reply goes without its charge."""
     found = ledger.read(house.config.state_dir)
@@ -252,6 +262,7 @@ def test_a_process_killed_at_any_write_never_undercounts_and_comes_back(
         assert letters[0].kind == "reply"
         assert letters[0] == letters[1]
         check(house)
+        check_journal(house)
         if last in sent:  # it left before the end: the same bytes, and no more training
             assert signing.digest(letters[0].document.encode()) == sent[last]
             assert len(house.noted("trained")) == num_trained

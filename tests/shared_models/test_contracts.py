@@ -23,10 +23,13 @@ from shared_models.contracts import (
     REFUSALS,
     Approval,
     AuditReport,
+    Checkpoint,
     Commit,
     Contract,
     Countersignature,
     Evaluation,
+    JournalEntry,
+    JournalLine,
     PrivacyEvent,
     PrivacyStatement,
     Refusal,
@@ -36,6 +39,7 @@ from shared_models.contracts import (
     RoundOrder,
     RoundRecord,
     Signature,
+    SignedCheckpoint,
     SiteReply,
     StudyReport,
     ValidationReport,
@@ -63,6 +67,10 @@ STATEMENT = PrivacyStatement(
     does_not_cover="metrics",
 )
 SIGNATURE = Signature(key="a" * 64, value="b" * 128)
+ENTRY = JournalEntry(
+    site="north", index=0, previous="0" * 64, when=NOON, kind="opened", key="a" * 64
+)
+CHECKPOINT = Checkpoint(site="north", index=0, head="c" * 64, when=NOON)
 EVALUATION = Evaluation(
     metrics={"auc": 0.9}, intervals={"auc": (0.8, 0.95)}, num_patients=10, num_images=20
 )
@@ -104,6 +112,10 @@ EXAMPLES: tuple[Contract, ...] = (
     REFUSAL,
     APPROVAL,
     Countersignature(approval=APPROVAL, signature=SIGNATURE),
+    ENTRY,
+    JournalLine(entry=ENTRY, signature=SIGNATURE),
+    CHECKPOINT,
+    SignedCheckpoint(checkpoint=CHECKPOINT, signature=SIGNATURE),
     RoundRecord(
         round_=1,
         kind="train",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shared_models.files import append_line, replace
+from shared_models.files import append_line, read_tail, replace
 
 
 def test_what_is_written_is_there_and_nothing_else(tmp_path: Path) -> None:
@@ -67,3 +67,13 @@ def test_a_line_cut_short_by_a_crash_is_never_glued_to_the_next_one(
 def test_a_line_end_inside_a_line_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="one line"):
         append_line(tmp_path / "rounds.jsonl", "one\ntwo")
+
+
+@pytest.mark.parametrize("length", [1, 2**16 - 1, 2**16, 2**16 + 1, 3 * 2**16])
+def test_a_tail_is_read_whole_however_long_it_is(tmp_path: Path, length: int) -> None:
+    file = tmp_path / "journal.jsonl"
+    file.write_bytes(b"one\n" + b"x" * length + b"\ntorn")
+    assert read_tail(file) == (b"x" * length, b"torn")
+    append_line(file, "three")
+    assert read_tail(file) == (b"three", b"")
+    assert file.read_bytes() == b"one\n" + b"x" * length + b"\nthree\n"
