@@ -7,6 +7,8 @@ up and dropped before the next is fetched, so memory does not grow with the numb
 
 Under secure aggregation the masked updates are added up before anything can be read, and become one
 update of all sites together. If a site is missing, the round is asked again of the others.
+
+Where a run stands is a value, ``Progress``: kept and given back, the run goes on bit for bit.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import count
 from typing import NamedTuple
 
@@ -49,6 +52,8 @@ from strategies.base import State, Strategy, Update
 #: (letters by site, deadline_s) to (site, answer or None), in the order of the sites' names.
 Ask = Callable[[Mapping[str, Letter], float], Iterator[tuple[str, Letter | None]]]
 Validate = Callable[[Weights], Evaluation]
+#: From a round to the attempts it was not asked under yet; each is noted before it is given.
+Attempts = Callable[[int], Iterator[int]]
 #: More training patients than this are not believed of one site.
 MOST_PATIENTS = 10_000_000
 
@@ -94,6 +99,15 @@ class Tally:
         self.answers = [a for a in self.answers if isinstance(a.said, Refusal)]
 
 
+class Progress(NamedTuple):
+    """Where a run stands: so many rounds are done, and this is what the next one begins with."""
+
+    num_rounds: int
+    weights: Weights
+    state: State
+    average: Weights
+
+
 class Round(NamedTuple):
     """What a round left: the record for the run directory, the new weights and state.
 
@@ -105,6 +119,16 @@ class Round(NamedTuple):
     state: State
     released: Weights
 
+    @property
+    def progress(self) -> Progress:
+        """Where the run stands after this round."""
+        return Progress(self.record.round_ + 1, self.weights, self.state, self.released)
+
+
+def count_anew(round_: int) -> Iterator[int]:
+    """Return the attempts of a round that was never asked before."""
+    return count()
+
 
 def run(
     plan: StudyPlan,
@@ -114,16 +138,30 @@ def run(
     consortium: Consortium,
     strategy: Strategy,
     validate: Validate,
+    since: Progress | None = None,
+    attempts: Attempts = count_anew,
 ) -> Iterator[Round]:
     """Yield each training round of ``plan`` in turn, starting from ``weights``.
+
+    A run that was interrupted goes on ``since`` the last round it finished. A site uses a mask only
+    once, so ``attempts`` must then remember those before; without masks a round asked again is the
+    same order, and gets the same bytes.
 
     Raises:
         RunError: if a round does not reach the plan's quorum; it names each site and its reason.
     """
-    state, average = strategy.init(weights), weights
-    for round_ in range(plan.training.num_rounds):
+    done = since or Progress(0, weights, strategy.init(weights), weights)
+    weights, state, average = done.weights, done.state, done.average
+    for round_ in range(done.num_rounds, plan.training.num_rounds):
         result = train_round(
-            plan, weights, ask, round_=round_, consortium=consortium, strategy=strategy, state=state
+            plan,
+            weights,
+            ask,
+            round_=round_,
+            consortium=consortium,
+            strategy=strategy,
+            state=state,
+            attempts=attempts,
         )
         weights, state = result.weights, result.state
         average = averaged(average, weights, decay=plan.rounds.averaging, round_=round_)
@@ -152,10 +190,12 @@ def train_round(
     consortium: Consortium,
     strategy: Strategy,
     state: State,
+    attempts: Attempts = count_anew,
 ) -> Round:
     """Ask every site to train once and turn their updates into new weights."""
     started, tally = time.monotonic(), Tally()
-    updates = _summed_updates if plan.rounds.secure_aggregation else _single_updates
+    summed = partial(_summed_updates, attempts=attempts)
+    updates = summed if plan.rounds.secure_aggregation else _single_updates
     try:
         new, state = strategy.step(
             weights,
@@ -200,13 +240,14 @@ def _summed_updates(
     *,
     round_: int,
     consortium: Consortium,
+    attempts: Attempts,
 ) -> Iterator[Update]:
     """Yield the one update of all sites, once all that were asked have answered.
 
     Raises:
         ValueError: if fewer than the quorum are left to be asked.
     """
-    for attempt in count():
+    for attempt in attempts(round_):
         orders = orders_for(
             plan, weights, kind="train", round_=round_, consortium=consortium, attempt=attempt
         )

@@ -3,25 +3,64 @@
 plan.toml               the signed plan
 run.json                this machine's settings for it (RunSettings)
 approvals/<site>.json   the sites' countersignatures
-rounds.jsonl            one RoundRecord a line, flushed as rounds end
+rounds.jsonl            one RoundRecord a line, flushed as rounds end: the line is the commit
+attempts.jsonl          one Attempt a line, only under secure aggregation, before its orders go out
+checkpoints/<round>.safetensors
+                        what the round after <round> begins with: ``round`` (rounds done, int64),
+                        ``weights/<name>``, ``average/<name>`` (float32), ``state/<name>``; there
+                        before the round's line, and removed once a later round's line is, or the
+                        report
 model/                  the released weights and their manifest
 report.json, report.html
 failed.txt              only if the run failed: the sentences a person should read
+
+A killed coordinator is started again on the same folder. The last whole line of rounds.jsonl says
+where it stood: a line that was cut short, and a checkpoint whose round has no line, are as if they
+had never been, and that round is asked again.
+
+Guarantees:
+    A round that has its line is not asked again, and what the next one begins with is on disk.
+    A masked round is never asked twice under one attempt.
+    A checkpoint that is missing, unreadable or not of the recorded weights is refused.
+
+Design: the record's digest is of the released weights only. Where the plan keeps no average those
+are the weights trained from; else these, and the strategy's state, are as good as the disk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
+from server.rounds import Attempts, Progress
 from shared_models import plan as plans
-from shared_models.contracts import Contract, Countersignature, PublicKey, RoundRecord, SiteName
+from shared_models.contracts import (
+    Contract,
+    Count,
+    Countersignature,
+    PublicKey,
+    RoundRecord,
+    SiteName,
+)
 from shared_models.errors import DocumentError, SignatureError
 from shared_models.files import append_line, replace
 from shared_models.plan import SignedPlan
 from shared_models.signing import digest, is_signed_by
+from shared_models.weights import digest as weights_digest
+from shared_models.weights import flatten, load
+
+ROUNDS = "rounds.jsonl"
+ATTEMPTS = "attempts.jsonl"
+CHECKPOINTS = "checkpoints"
+RESTORE = "restore {what} from a copy, or run the study in a new folder"
+
+AnyContract = TypeVar("AnyContract", bound=Contract)
 
 
 class SiteKeys(Contract):
@@ -41,6 +80,13 @@ class RunSettings(Contract):
     threads: Annotated[int, Field(ge=1)] = 1
     data: str = ""
     notes: tuple[str, ...] = ()
+
+
+class Attempt(Contract):
+    """One line of ``attempts.jsonl``: a masked round that may have been asked under this number."""
+
+    round_: Count
+    attempt: Count
 
 
 def read_plan(run_dir: Path) -> SignedPlan:
@@ -79,16 +125,115 @@ def approvals(
 
 def append_round(run_dir: Path, record: RoundRecord) -> None:
     """Add a finished round; on disk when this returns."""
-    append_line(run_dir / "rounds.jsonl", record.model_dump_json())
+    append_line(run_dir / ROUNDS, record.model_dump_json())
 
 
 def read_rounds(run_dir: Path) -> list[RoundRecord]:
-    """Return the rounds so far, whole lines only."""
-    file = run_dir / "rounds.jsonl"
+    """Return the rounds so far, whole lines only.
+
+    Raises:
+        DocumentError: if a whole line is no record.
+    """
+    return _read_lines(run_dir / ROUNDS, RoundRecord)
+
+
+def commit_round(run_dir: Path, record: RoundRecord, progress: Progress) -> None:
+    """Add a finished training round with what the next begins with; on disk when this returns."""
+    keep_checkpoint(run_dir, progress)
+    append_round(run_dir, record)
+    drop_checkpoints(run_dir, but=progress.num_rounds)
+
+
+def keep_checkpoint(run_dir: Path, progress: Progress) -> None:
+    """Put ``progress`` on disk; it counts once its round has a line."""
+    from safetensors.numpy import save
+
+    arrays: dict[str, NDArray[Any]] = {"round": np.array([progress.num_rounds], np.int64)}
+    for part, named in _parts(progress).items():
+        arrays |= {f"{part}/{name}": np.array(named[name], order="C") for name in sorted(named)}
+    file = _checkpoint(run_dir, progress.num_rounds)
+    file.parent.mkdir(exist_ok=True)
+    replace(file, save(arrays))
+
+
+def drop_checkpoints(run_dir: Path, *, but: int | None = None) -> None:
+    """Remove all checkpoints, and what a crash left of one, but that after ``but`` rounds."""
+    folder = run_dir / CHECKPOINTS
+    kept = None if but is None else _checkpoint(run_dir, but)
+    for file in folder.iterdir() if folder.is_dir() else ():
+        if file != kept:
+            file.unlink()
+    if kept is None and folder.is_dir():
+        folder.rmdir()
+
+
+def read_progress(run_dir: Path, records: Sequence[RoundRecord]) -> Progress | None:
+    """Return where the run stands by its ``records``; None before the first round has ended.
+
+    Raises:
+        DocumentError: if the records' rounds do not follow each other, or the last one's checkpoint
+            cannot be read or is not of the weights recorded.
+    """
+    trained = [record for record in records if record.kind == "train"]
+    if [record.round_ for record in trained] != list(range(len(trained))):
+        raise DocumentError(
+            f"{run_dir / ROUNDS}: expected round after round from 0; {RESTORE.format(what='it')}"
+        )
+    if not trained:
+        return None
+    file = _checkpoint(run_dir, len(trained))
+    try:
+        found = _progress(load(file))
+    except (OSError, ValueError, KeyError) as error:
+        raise DocumentError(f"cannot read {file}; {RESTORE.format(what='it')}") from error
+    expected = (len(trained), trained[-1].weights_digest)
+    if (found.num_rounds, weights_digest(flatten(found.average))) != expected:
+        raise DocumentError(
+            f"{file} does not hold the weights that {ROUNDS} records of round {len(trained) - 1}; "
+            + RESTORE.format(what="both")
+        )
+    return found
+
+
+def attempts(run_dir: Path) -> Attempts:
+    """Return what counts a masked round's attempts, each on disk before it is given."""
+
+    def unused(round_: int) -> Iterator[int]:
+        used = [a.attempt for a in _read_lines(run_dir / ATTEMPTS, Attempt) if a.round_ == round_]
+        for attempt in count(max(used, default=-1) + 1):
+            line = Attempt(round_=round_, attempt=attempt).model_dump_json()
+            append_line(run_dir / ATTEMPTS, line)
+            yield attempt
+
+    return unused
+
+
+def _checkpoint(run_dir: Path, num_rounds: int) -> Path:
+    return run_dir / CHECKPOINTS / f"{num_rounds - 1:05}.safetensors"
+
+
+def _parts(progress: Progress) -> dict[str, Any]:
+    return {"weights": progress.weights, "state": progress.state, "average": progress.average}
+
+
+def _progress(arrays: dict[str, Any]) -> Progress:
+    parts: dict[str, dict[str, Any]] = {"weights": {}, "state": {}, "average": {}}
+    (num_rounds,) = arrays.pop("round")
+    for key, value in arrays.items():
+        part, _, name = key.partition("/")
+        parts[part][name] = value
+    return Progress(int(num_rounds), **parts)
+
+
+def _read_lines(file: Path, contract: type[AnyContract]) -> list[AnyContract]:
+    """Read whole lines; what stands after the last line end was never told to anybody."""
     if not file.exists():
         return []
     whole, _, _ = file.read_bytes().rpartition(b"\n")
-    return [RoundRecord.model_validate_json(line) for line in whole.splitlines()]
+    try:
+        return [contract.model_validate_json(line) for line in whole.splitlines()]
+    except ValidationError as error:
+        raise DocumentError(f"cannot read {file}; {RESTORE.format(what='it')}") from error
 
 
 def _approval(

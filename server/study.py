@@ -1,11 +1,20 @@
-"""A study from its run directory to its report, whoever carries the letters."""
+"""A study from its run directory to its report, whoever carries the letters.
+
+Guarantees:
+    Killed at any instant and run again, a study goes on where it was.
+    A finished study is not run again.
+
+Design: what was done is read from the run directory, at the start as at the end, so that the report
+of a resumed run is made as that of an undisturbed one.
+"""
 
 from __future__ import annotations
 
 import logging
 import platform
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +27,7 @@ from server.validate import Validator, final_report, open_validator, validate
 from shared_models import tasks
 from shared_models.catalogue import STRATEGIES, objections
 from shared_models.contracts import (
+    OrderKind,
     RoundPoint,
     RoundRecord,
     SiteReply,
@@ -25,7 +35,7 @@ from shared_models.contracts import (
     StudyReport,
     ValidationReport,
 )
-from shared_models.errors import ConsiliaError, RunError
+from shared_models.errors import ConsiliaError, DocumentError, RunError
 from shared_models.files import replace
 from shared_models.plan import SignedPlan, StudyPlan, render
 from shared_models.registry import find
@@ -34,11 +44,12 @@ from shared_models.weights import Weights
 
 log = logging.getLogger(__name__)
 
+FAILED = "failed.txt"
 SOFTWARE = ("consilia", "flwr", "torch", "monai", "opacus", "dp-accounting", "numpy")
 
 
 def run(run_dir: Path, connect: Callable[[dict[str, str]], Ask]) -> StudyReport:
-    """Run the study of ``run_dir`` and leave its model and report there.
+    """Run the study of ``run_dir``, or what is left of it, and leave its model and report there.
 
     Args:
         run_dir: see ``store.py``.
@@ -47,13 +58,14 @@ def run(run_dir: Path, connect: Callable[[dict[str, str]], Ask]) -> StudyReport:
     Raises:
         ConsiliaError: with what a person should know; the same stands in ``failed.txt``.
     """
+    (run_dir / FAILED).unlink(missing_ok=True)
     try:
-        return _run(run_dir, connect)
+        return _finished(run_dir) or _run(run_dir, connect)
     except ConsiliaError as error:
-        replace(run_dir / "failed.txt", "\n".join(error.objections).encode())
+        replace(run_dir / FAILED, "\n".join(error.objections).encode())
         raise
     except Exception as error:
-        replace(run_dir / "failed.txt", f"the coordinator failed: {type(error).__name__}".encode())
+        replace(run_dir / FAILED, f"the coordinator failed: {type(error).__name__}".encode())
         raise
 
 
@@ -64,6 +76,7 @@ def _run(run_dir: Path, connect: Callable[[dict[str, str]], Ask]) -> StudyReport
     found = objections(plan, today=datetime.now(UTC).date())
     if found:
         raise ConsiliaError(found)
+    before = _records_of(run_dir, plan)
     approving = store.approvals(run_dir, signed, settings)
     if len(approving) < plan.rounds.quorum:
         raise RunError(
@@ -78,41 +91,88 @@ def _run(run_dir: Path, connect: Callable[[dict[str, str]], Ask]) -> StudyReport
     )
     validator = open_validator(plan, settings)
     ask = connect({site: key.node or "" for site, key in keys.items()})
-    weights, records = _rounds(run_dir, plan, ask, consortium=consortium, validator=validator)
+    weights = _rounds(run_dir, plan, ask, consortium=consortium, validator=validator)
     final = final_report(validator, weights)
-    finished = _report(signed, settings, records, final, seconds=time.monotonic() - started)
+    seconds = time.monotonic() - started + sum(record.seconds for record in before)
+    finished = _report(signed, settings, store.read_rounds(run_dir), final, seconds=seconds)
+    shutil.rmtree(run_dir / "model", ignore_errors=True)  # by a run killed before its report
     manifest = release(run_dir / "model", plan, weights, validation=final, sites=finished.sites)
     finished = finished.model_copy(update={"model_bytes": manifest.num_parameters * 4})
     report.write(finished, run_dir)
+    store.drop_checkpoints(run_dir)
     return finished
+
+
+def _finished(run_dir: Path) -> StudyReport | None:
+    """Return the report of a study that has one, with all that should stand or not beside it."""
+    if not (run_dir / report.JSON_NAME).exists():
+        return None
+    found = report.read(run_dir / report.JSON_NAME)
+    if not (run_dir / report.HTML_NAME).exists():
+        report.write(found, run_dir)
+    store.drop_checkpoints(run_dir)
+    return found
+
+
+def _records_of(run_dir: Path, plan: StudyPlan) -> list[RoundRecord]:
+    """Return what was recorded before this run, and insist that it is of ``plan``."""
+    records = store.read_rounds(run_dir)
+    said = {each.study for record in records for each in record.replies}
+    said |= {each.study for record in records for each in record.refusals}
+    if said - {digest(plan)}:
+        raise DocumentError(
+            f"{run_dir / store.ROUNDS} is of another plan; run this one in a new folder"
+        )
+    return records
 
 
 def _rounds(
     run_dir: Path, plan: StudyPlan, ask: Ask, *, consortium: Consortium, validator: Validator
-) -> tuple[Weights, list[RoundRecord]]:
-    """Run all rounds, then the final evaluation and, if planned, training alone."""
-    strategy = find("strategies", plan.strategy.name, builtin=STRATEGIES)(**plan.strategy.params)
-    first: Weights = initial_weights(plan, validator.task, run_dir)
-    weights = first
-    records = []
+) -> Weights:
+    """Run the rounds that are left, then the final evaluation and, if planned, training alone."""
+    first = initial_weights(plan, validator.task, run_dir)
+    done = store.read_rounds(run_dir)
+    weights = _trained(
+        run_dir, plan, first, ask, done=done, consortium=consortium, validator=validator
+    )
+    tail: list[tuple[OrderKind, Weights]] = [("evaluate", weights)]
+    tail += [("alone", first)] if plan.compare_alone else []
+    for kind, sent in tail:
+        if kind not in {record.kind for record in done}:
+            record = rounds.ask_all(plan, sent, ask, kind=kind, consortium=consortium)
+            store.append_round(run_dir, record)
+    return weights
+
+
+def _trained(
+    run_dir: Path,
+    plan: StudyPlan,
+    first: Weights,
+    ask: Ask,
+    *,
+    done: Sequence[RoundRecord],
+    consortium: Consortium,
+    validator: Validator,
+) -> Weights:
+    """Run the training rounds that are not ``done``, and return the weights to release."""
+    since = store.read_progress(run_dir, done)
+    if since is not None:
+        log.info("going on after round %d", since.num_rounds)
+    weights = first if since is None else since.average
     for round_ in rounds.run(
         plan,
-        weights,
+        first,
         ask,
         consortium=consortium,
-        strategy=strategy,
+        strategy=find("strategies", plan.strategy.name, builtin=STRATEGIES)(**plan.strategy.params),
         validate=lambda new: validate(validator, new),
+        since=since,
+        attempts=store.attempts(run_dir),
     ):
         weights = round_.released
-        records.append(round_.record)
-        store.append_round(run_dir, round_.record)
+        store.commit_round(run_dir, round_.record, round_.progress)
         log.info("round %d: %d sites", round_.record.round_ + 1, len(round_.record.replies))
-    tail = [("evaluate", weights)] + ([("alone", first)] if plan.compare_alone else [])
-    for kind, sent in tail:
-        record = rounds.ask_all(plan, sent, ask, kind=kind, consortium=consortium)  # type: ignore[arg-type]
-        records.append(record)
-        store.append_round(run_dir, record)
-    return weights, records
+    return weights
 
 
 def _report(
