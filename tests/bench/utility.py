@@ -158,12 +158,12 @@ def frozen(file: Path, name: str) -> tuple[str, ...]:
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
-    """Return the mean and its 95 % t interval; of one value, that value."""
+    """Return the mean of shares of one and its 95 % t interval; of one value, that value."""
     mean = statistics.mean(values)
     if len(values) < 2:
         return mean, mean, mean
     half = T_95.get(len(values), 2.57) * statistics.stdev(values) / len(values) ** 0.5
-    return mean, mean - half, mean + half
+    return mean, max(mean - half, 0.0), min(mean + half, 1.0)
 
 
 def table(name: str, found: dict[Run, dict[str, float]]) -> Table:
@@ -182,7 +182,7 @@ def table(name: str, found: dict[Run, dict[str, float]]) -> Table:
                 cells.append("")
                 continue
             mean, low, high = interval(of)
-            cells.append(f"{mean:.3f} [{low:.3f}, {high:.3f}]")
+            cells.append(f"{mean:.3f} [{low:.3f}, {high:.3f}]" if len(of) > 1 else f"{mean:.3f}")
         shown.add_row(variant, *cells)
     return shown
 
