@@ -29,6 +29,11 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
 Shares = Annotated[int, Field(ge=1, le=1000)]  # at most one for each site of a plan
+Address = Annotated[str, Field(pattern=r"^[A-Za-z0-9.:\[\]_-]{1,255}:\d{1,5}$")]  # host:port
+Pem = Annotated[str, Field(pattern=r"^-----BEGIN [A-Z ]{1,40}-----\n", max_length=8192)]
+NodeKey = Annotated[str, Field(pattern=r"^ecdsa-sha2-nistp384 [A-Za-z0-9+/=]{1,300}$")]
+Version = Annotated[str, Field(pattern=r"^[0-9A-Za-z.+-]{1,40}$")]
+Title = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,120}$")]
 
 OrderKind = Literal["train", "evaluate", "alone"]
 EventPurpose = Literal["train", "alone"]
@@ -155,16 +160,23 @@ class Signature(Contract):
     value: SignatureValue
 
 
+Decision = Literal["approved", "refused", "withdrawn"]
+DecisionReason = Literal["purpose", "privacy", "data", "capacity", "legal", "other"]
+
+
 class Approval(Contract):
     """A site's own decision about a plan, signed with the site's key (the second key).
 
+    The newest decision counts. ``reason`` is why a plan was refused or an approval withdrawn: a
+    word from a closed list, for the coordinator; people's own words stay in the hospital.
     ``mask_key`` is the public half (X25519) of the key made for this study's secure aggregation.
     """
 
     schema_version: Literal[1] = 1
     study: Digest
     site: SiteName
-    decision: Literal["approved", "refused"]
+    decision: Decision
+    reason: DecisionReason | None = None
     who: Annotated[str, Field(min_length=1, max_length=120)]
     when: datetime
     mask_key: PublicKey | None = None
@@ -290,8 +302,13 @@ JournalKind = Literal[
     "stopped",
     "config",
     "trusted",
+    "joined",
+    "renewed",
+    "connected",
+    "offered",
     "approved",
     "refused-plan",
+    "refused",
     "withdrawn",
     "order",
     "refusal",
@@ -309,9 +326,14 @@ JOURNAL_FIELDS: dict[JournalKind, tuple[str, ...]] = {
     "stopped": (),
     "config": ("digest",),
     "trusted": ("who", "key"),
+    "joined": ("key", "digest"),
+    "renewed": ("digest",),
+    "connected": (),
+    "offered": ("study",),
     "approved": ("study", "who", "digest"),
     "refused-plan": ("study", "who"),
-    "withdrawn": ("study", "who"),
+    "refused": ("study", "who", "digest"),
+    "withdrawn": ("study", "who", "digest"),
     "order": ("study", "round_", "order_kind", "attempt", "digest"),
     "refusal": ("study", "round_", "order_kind", "code"),
     "reservation": ("study", "round_", "order_kind", "attempt", "digest", "epsilon", "delta"),
@@ -327,9 +349,11 @@ class JournalEntry(Contract):
 
     ``previous`` is the digest of the signed line before this one, zeros for the first, which states
     the site's public signing ``key``. ``digest`` is that of what the entry is about: the site.toml,
-    the approval, the order, the ledger's line, the reply, the bytes a crash cut short, the
-    checkpoint. ``epsilon`` is what the study has cost a patient so far. ``who`` approved or
-    refused; of what is trusted it is the peer's name, and ``key`` its key.
+    the certificate, the decision, the order, the ledger's line, the reply, the bytes a crash cut
+    short, the checkpoint. ``epsilon`` is what the study has cost a patient so far. ``who`` decided;
+    ``refused-plan`` says that the site's rules, not its people, kept a plan from being approved. Of
+    what is trusted ``who`` is the peer's name, and ``key`` its key; of what was joined ``key`` is
+    the coordinator's.
     """
 
     schema_version: Literal[1] = 1
@@ -387,6 +411,145 @@ class SignedCheckpoint(Contract):
 
     checkpoint: Checkpoint
     signature: Signature
+
+
+# --- the control plane: how a hospital joins, and what it and the coordinator tell each other
+
+
+class Invite(Contract):
+    """Where a consortium is and how it is recognised: all that a hospital needs to join it.
+
+    It holds no secret. ``authority`` is the certificate (PEM) of the consortium's own authority;
+    the addresses are of Flower's fleet API, of the control plane (mutual TLS) and of enrolment (TLS
+    by which only the coordinator is known). ``nonce`` is drawn at random: it makes the invite one.
+    """
+
+    schema_version: Literal[1] = 1
+    consortium: Title
+    site: SiteName
+    coordinator: PublicKey
+    authority: Pem
+    fleet: Address
+    control: Address
+    enrolment: Address
+    nonce: Digest
+    expires_at: datetime
+
+
+class SignedInvite(Contract):
+    """An invite with its coordinator's signature."""
+
+    invite: Invite
+    signature: Signature
+
+
+class JoinRequest(Contract):
+    """A hospital asks to be let in, by the digest of its invite, with the keys it made itself.
+
+    ``node`` authenticates it to Flower's fleet API, ``csr`` (PEM) asks for its certificate on the
+    control plane. The words people compare are made of this value's digest (``words.py``).
+    """
+
+    schema_version: Literal[1] = 1
+    site: SiteName
+    invite: Digest
+    signing: PublicKey
+    node: NodeKey
+    csr: Pem
+    when: datetime
+
+
+class SignedJoinRequest(Contract):
+    """A request with the signature of the signing key it brings."""
+
+    request: JoinRequest
+    signature: Signature
+
+
+class Admission(Contract):
+    """What the coordinator answers a request to join, or to renew a certificate.
+
+    ``pending``: nobody has compared the words yet. Only ``accepted`` comes with a certificate.
+    """
+
+    schema_version: Literal[1] = 1
+    site: SiteName
+    request: Digest
+    status: Literal["pending", "accepted", "refused"]
+    certificate: Pem | None = None
+    when: datetime
+
+
+class SignedAdmission(Contract):
+    """An admission with the coordinator's signature."""
+
+    admission: Admission
+    signature: Signature
+
+
+class Health(Contract):
+    """How a site's agent fares, in numbers and versions; nothing of its data."""
+
+    version: Version
+    started_at: datetime
+    free_mb: Count
+    has_gpu: bool
+    certificate_days: int
+
+
+class Visit(Contract):
+    """What a site tells the coordinator from time to time; the same may be told twice.
+
+    ``decisions`` are the newest ones about every plan, ``checkpoint`` how far its journal has come.
+    """
+
+    schema_version: Literal[1] = 1
+    site: SiteName
+    when: datetime
+    decisions: Annotated[tuple[Countersignature, ...], Field(max_length=1000)] = ()
+    checkpoint: SignedCheckpoint | None = None
+    health: Health
+
+
+StudyState = Literal["offered", "running", "finished", "failed", "closed"]
+
+
+class Offer(Contract):
+    """A study the coordinator offers: its signed plan, and where the study stands.
+
+    ``plan_toml`` is the whole document, with its signature; who reads it checks that signature.
+    """
+
+    plan_toml: Annotated[str, Field(max_length=262_144)]
+    state: StudyState
+    num_rounds_done: Count = 0
+
+
+class Receipt(Contract):
+    """The coordinator has seen a site's checkpoint: neither can now tell another story."""
+
+    schema_version: Literal[1] = 1
+    site: SiteName
+    checkpoint: Digest
+    index: Count
+    when: datetime
+
+
+class SignedReceipt(Contract):
+    """A receipt with the coordinator's signature."""
+
+    receipt: Receipt
+    signature: Signature
+
+
+class Bulletin(Contract):
+    """What the coordinator answers a visit: the studies that name the site, and a receipt."""
+
+    schema_version: Literal[1] = 1
+    site: SiteName
+    when: datetime
+    offers: Annotated[tuple[Offer, ...], Field(max_length=1000)] = ()
+    receipt: SignedReceipt | None = None
 
 
 # --- what the coordinator keeps and publishes
@@ -525,6 +688,18 @@ CONTRACTS: tuple[type[Contract], ...] = (
     JournalLine,
     Checkpoint,
     SignedCheckpoint,
+    Invite,
+    SignedInvite,
+    JoinRequest,
+    SignedJoinRequest,
+    Admission,
+    SignedAdmission,
+    Health,
+    Visit,
+    Offer,
+    Receipt,
+    SignedReceipt,
+    Bulletin,
     RoundRecord,
     ValidationReport,
     StudyReport,

@@ -21,17 +21,24 @@ from pydantic import ValidationError
 from shared_models.contracts import (
     CONTRACTS,
     REFUSALS,
+    Admission,
     Approval,
     AuditReport,
+    Bulletin,
     Checkpoint,
     Commit,
     Contract,
     Countersignature,
     Evaluation,
+    Health,
+    Invite,
+    JoinRequest,
     JournalEntry,
     JournalLine,
+    Offer,
     PrivacyEvent,
     PrivacyStatement,
+    Receipt,
     Refusal,
     RefusalCode,
     ReleaseManifest,
@@ -39,10 +46,15 @@ from shared_models.contracts import (
     RoundOrder,
     RoundRecord,
     Signature,
+    SignedAdmission,
     SignedCheckpoint,
+    SignedInvite,
+    SignedJoinRequest,
+    SignedReceipt,
     SiteReply,
     StudyReport,
     ValidationReport,
+    Visit,
 )
 from shared_models.plan import StudyPlan
 
@@ -71,6 +83,30 @@ ENTRY = JournalEntry(
     site="north", index=0, previous="0" * 64, when=NOON, kind="opened", key="a" * 64
 )
 CHECKPOINT = Checkpoint(site="north", index=0, head="c" * 64, when=NOON)
+PEM = "-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\n"
+INVITE = Invite(
+    consortium="Lungs of the North",
+    site="north",
+    coordinator="a" * 64,
+    authority=PEM,
+    fleet="fleet.example.org:443",
+    control="control.example.org:443",
+    enrolment="control.example.org:8443",
+    nonce="f" * 64,
+    expires_at=NOON,
+)
+REQUEST = JoinRequest(
+    site="north",
+    invite="e" * 64,
+    signing="a" * 64,
+    node="ecdsa-sha2-nistp384 AAAA",
+    csr=PEM,
+    when=NOON,
+)
+ADMISSION = Admission(site="north", request="e" * 64, status="accepted", certificate=PEM, when=NOON)
+HEALTH = Health(version="0.1.0", started_at=NOON, free_mb=1000, has_gpu=False, certificate_days=89)
+OFFER = Offer(plan_toml="", state="running", num_rounds_done=3)
+RECEIPT = Receipt(site="north", checkpoint="e" * 64, index=0, when=NOON)
 EVALUATION = Evaluation(
     metrics={"auc": 0.9}, intervals={"auc": (0.8, 0.95)}, num_patients=10, num_images=20
 )
@@ -116,6 +152,29 @@ EXAMPLES: tuple[Contract, ...] = (
     JournalLine(entry=ENTRY, signature=SIGNATURE),
     CHECKPOINT,
     SignedCheckpoint(checkpoint=CHECKPOINT, signature=SIGNATURE),
+    INVITE,
+    SignedInvite(invite=INVITE, signature=SIGNATURE),
+    REQUEST,
+    SignedJoinRequest(request=REQUEST, signature=SIGNATURE),
+    ADMISSION,
+    SignedAdmission(admission=ADMISSION, signature=SIGNATURE),
+    HEALTH,
+    Visit(
+        site="north",
+        when=NOON,
+        decisions=(Countersignature(approval=APPROVAL, signature=SIGNATURE),),
+        checkpoint=SignedCheckpoint(checkpoint=CHECKPOINT, signature=SIGNATURE),
+        health=HEALTH,
+    ),
+    OFFER,
+    RECEIPT,
+    SignedReceipt(receipt=RECEIPT, signature=SIGNATURE),
+    Bulletin(
+        site="north",
+        when=NOON,
+        offers=(OFFER,),
+        receipt=SignedReceipt(receipt=RECEIPT, signature=SIGNATURE),
+    ),
     RoundRecord(
         round_=1,
         kind="train",
