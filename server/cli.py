@@ -253,12 +253,16 @@ def _progress() -> Iterator[_Bars]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP unwind like Ctrl-C, so that no process is left behind."""
+    """Let SIGTERM and SIGHUP unwind like Ctrl-C, so that no process is left behind.
+
+    A signal that is ignored, as SIGHUP under nohup, stays ignored.
+    """
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = {n: signal.signal(n, interrupt) for n in (signal.SIGTERM, signal.SIGHUP)}
+    heeded = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heeded}
     try:
         yield
     except KeyboardInterrupt:

@@ -118,6 +118,11 @@ def test_a_changed_report_fails_the_audit(private: tuple[Path, str], tmp_path: P
     assert "FAILS" in done.stdout
 
 
+def _heed_ctrl_c() -> None:
+    """What a shell starts in the background ignores Ctrl-C, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_every_process(tmp_path: Path) -> None:
     out = tmp_path / "out"
     demo = subprocess.Popen(
@@ -126,6 +131,7 @@ def test_ctrl_c_ends_every_process(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=_heed_ctrl_c,
     )
     deadline = time.monotonic() + 120
     while not (out / "rounds.jsonl").exists() and time.monotonic() < deadline:
