@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from shared_models.errors import DataError
-from shared_models.imaging import pipeline
+from shared_models.imaging import Pair, pipeline
 from shared_models.plan import StudyPlan
 from shared_models.splits import SPLITS, Split, split_of
 from shared_models.tasks import Task
-from shared_models.volume import Volume, read_volume
+from shared_models.volume import read_volume
 
 COLUMNS = ("image", "patient", "label")
 #: At most this many objections are spelled out.
@@ -174,22 +174,22 @@ def _exists(file: Path) -> bool:
 
 
 def _examples(
-    row: Row, *, root: Path, task: Task, prepare: Callable[..., Volume], dims: int
+    row: Row, *, root: Path, task: Task, prepare: Callable[..., Pair], dims: int
 ) -> list[tuple[Tensor, Tensor, tuple[float, ...]]]:
     """Return (image, target, spacing) for each image of a row: slices if ``dims`` is 2."""
     original = read_volume(root / row.image)
-    volume = prepare(original)
+    label = read_volume(root / row.label) if task.label_kind == "map" else None
+    if label is not None and label.data.shape != original.data.shape:
+        raise DataError("the label map's grid is not the image's; export both on the same grid")
+    volume, map_ = prepare(original, label)
     image = torch.from_numpy(volume.data)[None]
     if not image.numel():
         raise DataError(
             "nothing is left of the image after the plan's imaging steps, and a patient needs at "
             "least one; export it again or remove the line"
         )
-    if task.label_kind == "map":
-        label = read_volume(root / row.label)
-        if label.data.shape != original.data.shape:
-            raise DataError("the label map's grid is not the image's; export both on the same grid")
-        target = torch.from_numpy(task.encode_map(prepare(label, is_label=True).data))
+    if map_ is not None:
+        target = torch.from_numpy(task.encode_map(map_.data))
     else:
         target = torch.tensor(task.encode_class(row.label))
     if dims == 3:

@@ -59,7 +59,7 @@ def write_labels(file: Path, labels: Labels, *, grid: Grid) -> None:
     x, y, z = grid.origin_mm
     affine = np.diag([-grid.spacing_mm, -grid.spacing_mm, grid.thickness_mm, 1.0])
     affine[:3, 3] = (-x, -y, z)
-    image: Any = nib.Nifti1Image(labels.transpose(2, 1, 0), affine)  # type: ignore[no-untyped-call]
+    image: Any = nib.Nifti1Image(labels.transpose(2, 1, 0), affine)
     image.header.set_xyzt_units("mm")
     image.set_sform(affine, code="scanner")
     image.set_qform(affine, code="scanner")
