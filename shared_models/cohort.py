@@ -57,6 +57,8 @@ class Patient(NamedTuple):
 
 
 Cohort = dict[Split, list[Patient]]
+#: From an image's file and its label map's, if it has one, to both as the plan wants them.
+Prepare = Callable[[Path, Path | None], Pair]
 
 
 def load(
@@ -67,6 +69,7 @@ def load(
     task: Task,
     splits: Sequence[str] = SPLITS,
     plugins: Collection[str] = (),
+    prepare: Prepare | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Cohort:
     """Read the images of ``manifest`` that belong to ``splits``, prepared as the plan says.
@@ -78,6 +81,7 @@ def load(
         task: how labels are understood.
         splits: images of other splits are not opened.
         plugins: distributions whose imaging steps may be used, as ``name==version``.
+        prepare: what reads and prepares an image; without it each is read anew.
         progress: called with images done and images in all.
 
     Raises:
@@ -86,7 +90,7 @@ def load(
     rows = [
         row for row in read_rows(manifest, root=root, key=plan_key(plan)) if row.split in splits
     ]
-    prepare = pipeline([(s.name, dict(s.params)) for s in plan.imaging], plugins=plugins)
+    prepare = prepare or preparer(steps_of(plan), plugins=plugins)
     spatial_dims = int(str(plan.net.params.get("spatial_dims", 2)))
     grouped: dict[tuple[str, str], list[tuple[Tensor, Tensor, tuple[float, ...]]]] = {}
     objections: list[str] = []
@@ -129,6 +133,35 @@ def read_rows(manifest: Path, *, root: Path, key: str) -> list[Row]:
         raise DataError(f"{manifest.name}: no images; expected at least one line below the header")
     _refuse(_row_objections(rows, root=root))
     return rows
+
+
+def steps_of(plan: StudyPlan) -> list[tuple[str, dict[str, object]]]:
+    """Return the plan's imaging steps as names and parameters."""
+    return [(step.name, dict(step.params)) for step in plan.imaging]
+
+
+def preparer(
+    steps: Sequence[tuple[str, dict[str, object]]], *, plugins: Collection[str] = ()
+) -> Prepare:
+    """Return what reads an image and its label map and takes ``steps`` with them.
+
+    Raises:
+        ValueError: if a step or a parameter is unknown.
+    """
+    run = pipeline(steps, plugins=plugins)
+    return lambda image, label: run(*read_pair(image, label))
+
+
+def read_pair(image: Path, label: Path | None) -> Pair:
+    """Read an image and its label map, if it has one.
+
+    Raises:
+        DataError: if they cannot be read, or are not on one grid.
+    """
+    volume, map_ = read_volume(image), None if label is None else read_volume(label)
+    if map_ is not None and map_.data.shape != volume.data.shape:
+        raise DataError("the label map's grid is not the image's; export both on the same grid")
+    return volume, map_
 
 
 def plan_key(plan: StudyPlan) -> str:
@@ -174,14 +207,11 @@ def _exists(file: Path) -> bool:
 
 
 def _examples(
-    row: Row, *, root: Path, task: Task, prepare: Callable[..., Pair], dims: int
+    row: Row, *, root: Path, task: Task, prepare: Prepare, dims: int
 ) -> list[tuple[Tensor, Tensor, tuple[float, ...]]]:
     """Return (image, target, spacing) for each image of a row: slices if ``dims`` is 2."""
-    original = read_volume(root / row.image)
-    label = read_volume(root / row.label) if task.label_kind == "map" else None
-    if label is not None and label.data.shape != original.data.shape:
-        raise DataError("the label map's grid is not the image's; export both on the same grid")
-    volume, map_ = prepare(original, label)
+    label_file = root / row.label if task.label_kind == "map" else None
+    volume, map_ = prepare(root / row.image, label_file)
     image = torch.from_numpy(volume.data)[None]
     if not image.numel():
         raise DataError(

@@ -65,20 +65,29 @@ def on_image(change: Callable[[Volume], NDArray[Any]]) -> Step:
     return step
 
 
-def pipeline(
+def made(
     steps: Sequence[tuple[str, dict[str, Any]]], *, plugins: Collection[str] = ()
-) -> Callable[..., Pair]:
-    """Return one step that runs ``(name, params)`` pairs in order.
+) -> list[Step]:
+    """Return the steps that ``(name, params)`` pairs mean.
 
     Raises:
         ValueError: if a name or a parameter is unknown.
     """
-    made: list[Step] = [
+    return [
         find("steps", name, builtin=BUILTIN, plugins=plugins)(**params) for name, params in steps
     ]
 
+
+def pipeline(steps: Sequence[tuple[str, dict[str, Any]]], *, plugins: Collection[str] = ()) -> Step:
+    """Return one step that takes those of ``(name, params)`` in order.
+
+    Raises:
+        ValueError: if a name or a parameter is unknown.
+    """
+    each = made(steps, plugins=plugins)
+
     def run(image: Volume, label: Volume | None = None) -> Pair:
-        for step in made:
+        for step in each:
             image, label = step(image, label)
         return image, label
 
