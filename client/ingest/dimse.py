@@ -10,7 +10,9 @@ Guarantees:
     No message names a study, a series or what a query found.
 
 Design: TCP_NODELAY is set on every association, ours and theirs: without it each operation waits 40
-ms for an acknowledgement of TCP's.
+ms for an acknowledgement of TCP's. pynetdicom 3.0 loses an answer now and then on a busy machine,
+because the thread that serves requests may still run when a request of ours is sent. A
+``_Checkpoint`` takes the place of the event it waits for; a test fails when that is renamed.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import logging
 import shutil
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +34,7 @@ from shared_models.errors import ConsiliaError, MachineError
 
 MOST_PDU_BYTES = 131_072
 TIMEOUT_S = 60.0
+HELD_S = 5.0  # a thread that has not come by then has ended
 SUCCESS, OUT_OF_RESOURCES, CANNOT_UNDERSTAND = 0x0000, 0xA700, 0xC000
 PENDING = (0xFF00, 0xFF01)
 WARNING = 0xB000  # some images could not be sent
@@ -38,6 +42,32 @@ WARNING = 0xB000  # some images could not be sent
 MOST_CONTEXTS = 128
 
 log = logging.getLogger(__name__)
+
+
+class _Checkpoint(threading.Event):
+    """An event that is cleared only once the thread that waits for it is held by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set()
+        self.lock = threading.Lock()
+        self.held = threading.Event()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Hold the calling thread until the event is set."""
+        while True:
+            with self.lock:
+                if self.is_set():
+                    self.held.clear()
+                    return True
+                self.held.set()
+            super().wait(0.1)
+
+    def clear(self) -> None:
+        """Reset the event; whoever waits for it does nothing else when this returns."""
+        with self.lock:
+            super().clear()
+        self.held.wait(HELD_S)
 
 
 class Moved(NamedTuple):
@@ -301,6 +331,7 @@ def _associated(
     )
     if not association.is_established:
         raise ConsiliaError(_why_not(association, pacs, station))
+    association._reactor_checkpoint = _Checkpoint()
     try:
         yield association
     finally:
