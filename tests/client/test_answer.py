@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from client import config as configs
 from client import ledger, outbox, peers, studies, train
-from client.answer import NO_STUDY, Site, answer, device_of, introduce, open_site, rehearse
+from client.answer import NO_STUDY, Site, answer, introduce, open_site, rehearse
 from client.masks import label_of
+from client.work import Bench, Ready, device_of
 from shared_models import masking, nets
 from shared_models.contracts import Countersignature, Refusal, RoundOrder, SiteReply
 from shared_models.errors import ConsiliaError, DocumentError
@@ -128,6 +129,12 @@ def rewrite(manifest: Path, change: Callable[[dict[str, str]], dict[str, str] | 
         writer.writerows(rows)
 
 
+def read_by(house: House) -> Ready:
+    """Return what the site read of its patients."""
+    assert isinstance(house.site.trainer, Bench)
+    return house.site.trainer.studies[digest(house.plan)]
+
+
 # --- orders that are answered
 
 
@@ -207,11 +214,11 @@ def test_the_same_order_gives_the_same_update_without_privacy(
 def test_an_update_is_what_training_added_to_the_weights_sent(house_of: Houses) -> None:
     house = house_of({"privacy": None}, {"allow_without_privacy": True})
     _, update = house.hear(house.letter(round_=1))
-    study, plan = house.site.studies[digest(house.plan)], house.plan
+    study, plan = read_by(house), house.plan
     net = nets.make(plan.net.name, plan.net.params, seed=1, num_outputs=2)
     train.train(
         net,
-        study.cohort["train"],
+        study.patients["train"],
         plan=plan,
         task=study.task,
         rounds=[1],
@@ -379,7 +386,7 @@ def test_an_order_given_again_is_answered_with_the_same_bytes_for_nothing(
     first = answer(house.letter(kind, 1), house.site)
     assert first.kind == "reply"
     num_trainings, charged = len(trainings), house.charged()
-    later = {"issued_at": NOW + timedelta(hours=1), "expires_at": NOW + timedelta(hours=3)}
+    later = {"issued_at": NOW + timedelta(minutes=1), "expires_at": NOW + timedelta(hours=3)}
     for site in (house.site, house_of(*changes).site):  # the same agent, and one started anew
         assert answer(house.letter(kind, 1, **later), site) == first
         assert site.last_round == {(digest(house.plan), kind): 1}
@@ -569,10 +576,10 @@ def test_the_masked_update_is_what_training_added_times_the_patients(
         secure.house,
         nets.make("densenet", secure.house.plan.net.params, num_outputs=2, seed=1),
     )
-    study = house.site.studies[digest(house.plan)]
+    study = read_by(house)
     train.train(
         net,
-        study.cohort["train"],
+        study.patients["train"],
         plan=house.plan,
         task=study.task,
         rounds=[1],
@@ -595,7 +602,7 @@ def test_the_same_order_under_a_secure_plan_gives_the_same_bytes(
     secure = secure_of()
     first = secure.answer()
     assert first.kind == "reply"
-    later = {"issued_at": NOW + timedelta(hours=1), "expires_at": NOW + timedelta(hours=3)}
+    later = {"issued_at": NOW + timedelta(minutes=1), "expires_at": NOW + timedelta(hours=3)}
     assert secure.answer(**later) == first
     assert len(trainings) == 1
     assert attempts(secure.house) == [0]
@@ -1084,8 +1091,7 @@ def test_a_patient_left_out_for_a_non_finite_gradient_is_told_to_the_log_only(
     house: House, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert isinstance(house.ask("evaluate"), SiteReply)  # reads the images
-    study = house.site.studies[digest(house.plan)]
-    study.cohort["train"][0].images[:] = np.nan
+    read_by(house).patients["train"][0].images[:] = np.nan
     letters = [answer(house.letter("alone"), house.site)]
     assert letters[0].kind == "reply"
     assert "not finite, left out" in caplog.text
@@ -1105,8 +1111,8 @@ def test_the_journal_holds_nothing_of_a_patient(house: House, mark: str) -> None
 
 
 def test_an_opened_site_answers_as_its_site_toml_says(house: House, hospital) -> None:
-    answering = open_site(hospital.config_file)
-    reply, _ = unseal(answering(house.letter()), key=public_key(hospital.key))
+    with open_site(hospital.config_file) as desk:
+        reply, _ = unseal(desk.answer(house.letter()), key=public_key(hospital.key))
     assert isinstance(reply, SiteReply)
 
 
@@ -1115,15 +1121,19 @@ def test_an_opened_site_has_put_its_ledger_right(house: House, hospital) -> None
     file = house.site.config.state_dir / ledger.FILE
     with file.open("ab") as handle:
         handle.write(b'{"kind":"reserv')
-    open_site(hospital.config_file)
+    with open_site(hospital.config_file):
+        pass
     assert len(house.charged()) == 1
     assert file.with_name(ledger.TORN).read_bytes() == b'{"kind":"reserv\n'
 
 
 def test_a_site_without_its_key_cannot_be_opened(hospital) -> None:
     (hospital.folder / "keys" / "signing.pem").unlink()
-    with pytest.raises(DocumentError, match="cannot read the signing key"):
-        open_site(hospital.config_file)
+    with (
+        pytest.raises(DocumentError, match="cannot read the signing key"),
+        open_site(hospital.config_file),
+    ):
+        pass
 
 
 @pytest.fixture
@@ -1170,5 +1180,5 @@ def test_a_site_that_objects_does_not_rehearse(
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
 def test_the_device_is_the_one_configured_or_the_one_there_is(device: str, site_of) -> None:
-    found = device_of(site_of({"performance.device": device}))
+    found = device_of(site_of({"performance.device": device}).performance)
     assert found in ("cpu", "cuda") if device == "auto" else found == device
