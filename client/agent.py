@@ -214,7 +214,7 @@ class _Seat:
                 return None
 
     def beat(self, ended: threading.Event) -> None:
-        """Tell the SuperLink that this site is there, and ask whether its run is, until ``ended``."""
+        """Tell the SuperLink that this site is there, and watch its run, until ``ended``."""
         while not ended.wait(HEARTBEAT_S / 4):
             if (node := self.node) is None:
                 continue

@@ -34,6 +34,7 @@ NEW_USER, NEW_NET = 0x10000000, 0x40000000  # sched.h
 PARENT_DEATH_SIGNAL, NO_NEW_PRIVILEGES = 1, 38  # sys/prctl.h
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # the same on every architecture
 PATH_BENEATH = 1
+CAPABILITIES_VERSION, READ_OF_OTHERS = 0x20080522, 0b110  # linux/capability.h
 READ = 0b1100  # of files and folders; not their execution
 WRITE_DEVICE = 0b110 | 1 << 15
 OF_A_FILE = 0b111 | 1 << 14 | 1 << 15
@@ -92,7 +93,7 @@ def confine(confines: Confines) -> Confinement:
         parent=_tried(lambda: _prctl(libc, PARENT_DEATH_SIGNAL, signal.SIGKILL)),
         memory=_tried(_leave_memory),
         network=_tried(lambda: _leave_network(libc)),
-        privileges=_tried(lambda: _prctl(libc, NO_NEW_PRIVILEGES, 1)),
+        privileges=_tried(lambda: _leave_privileges(libc)),
         files=_tried(lambda: _leave_files(libc, confines)),
     )
 
@@ -134,6 +135,16 @@ def _leave_network(libc: ctypes.CDLL) -> None:
         ("gid_map", f"{group} {group} 1"),
     ):
         Path("/proc/self", name).write_text(text)
+
+
+def _leave_privileges(libc: ctypes.CDLL) -> None:
+    """Gain none any more, and keep of root's, if it is root, only to read what others own."""
+    _prctl(libc, NO_NEW_PRIVILEGES, 1)
+    header, sets = (ctypes.c_uint32 * 2)(CAPABILITIES_VERSION, 0), (ctypes.c_uint32 * 6)()
+    _checked(libc.capget(header, sets))
+    effective, permitted, *_ = sets
+    kept = (effective & READ_OF_OTHERS, permitted & READ_OF_OTHERS)
+    _checked(libc.capset(header, (ctypes.c_uint32 * 6)(*kept)))
 
 
 class _Ruleset(ctypes.Structure):

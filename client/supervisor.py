@@ -51,6 +51,7 @@ MAGIC = b"job1"
 MOST_DOCUMENT_BYTES = 16 * 2**20
 CHUNK_BYTES = 2**20
 WATCH_S = 0.1
+LINGER_S = 1.0
 START_S = 300.0
 SHARE_OF_MEMORY = 0.75
 #: Of the parent's environment, what the worker gets too.
@@ -171,6 +172,7 @@ class Supervisor:
         except DataError:
             raise
         except Exception as error:
+            worker.linger()
             self.end_worker()
             self.start()  # so that it is warm when the next order comes
             if isinstance(error, OSError | ValueError):
@@ -201,6 +203,7 @@ class Supervisor:
         try:
             return worker.greet(lambda: self._watch(worker, until))
         except (OSError, ValueError) as error:
+            worker.linger()
             self.end_worker()
             raise MachineError(worker.last_words(error)) from None
 
@@ -222,6 +225,8 @@ class Supervisor:
     def _watch(self, worker: _Worker, until: float) -> None:
         if self.cancelled.is_set():
             raise MachineError("the worker was ended: nobody waits for its answer any more")
+        if not worker.is_alive():  # what it started may hold the channel open
+            raise ConnectionResetError("the worker ended")
         if time.monotonic() > until:
             raise MachineError("the worker was ended: it took longer than its limit")
         if worker.memory_bytes() > self.most_memory:
@@ -264,23 +269,28 @@ class _Worker:
         self.has_read = False
         self.confinement: Confinement | None = None
         self.channel, theirs = socket.socketpair()
-        with theirs:
-            self.process = subprocess.Popen(
-                [*command, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=2,
-                cwd="/",
-                env=_environment(scratch),
-                start_new_session=True,
-            )
         self.channel.settimeout(WATCH_S)
+        with theirs:
+            try:
+                self.process = subprocess.Popen(
+                    [*command, str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=2,
+                    cwd="/",
+                    env=_environment(scratch),
+                    start_new_session=True,
+                )
+            except OSError:
+                self.channel.close()
+                raise
         told = {
             "readable": readable_of(config),
             "scratch": str(scratch),
             "log_level": log.getEffectiveLevel(),
         }
-        self.channel.sendall(json.dumps(told).encode() + b"\n")
+        with suppress(OSError):  # if it has ended already, that is found when it is greeted
+            self.channel.sendall(json.dumps(told).encode() + b"\n")
 
     def is_alive(self) -> bool:
         """Tell whether it runs; its id stays its own until it is killed, so that no other is."""
@@ -331,12 +341,25 @@ class _Worker:
             return f"the worker ended by signal {signal.Signals(-code).name}"
         return f"the worker ended with status {code}"
 
+    def linger(self) -> None:
+        """Wait a moment for a process that closed its end, so that how it ended is known."""
+        until = time.monotonic() + LINGER_S
+        while self.is_alive() and _is_closed(self.channel) and time.monotonic() < until:
+            time.sleep(WATCH_S / 10)
+
     def kill(self) -> None:
         """End the process and all of its group; how it ended before that stays known."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.channel.close()
+
+
+def _is_closed(channel: socket.socket) -> bool:
+    try:
+        return channel.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)
 
 
 def _environment(scratch: Path) -> dict[str, str]:
