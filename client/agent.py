@@ -1,8 +1,8 @@
 """A door: the site's agent on the Fleet API of a stock SuperLink, over TLS, by an enrolled key.
 
-The agent only ever calls out: it listens on no port, starts no process, and never fetches the
-app bundle the coordinator submitted. What it runs is the app installed here (``client/app.py``),
-in this process, one order at a time.
+The agent only ever calls out: it listens on no port and never fetches the app bundle the
+coordinator submitted. What it runs is the app installed here (``client/app.py``), one order at a
+time; the work is done by a process that is started beforehand (``client/supervisor.py``).
 
 Guarantees:
     The app bundle is never pulled, unpacked or imported.

@@ -101,7 +101,7 @@ def confine(confines: Confines) -> Confinement:
 def _tried(step: Callable[[], None]) -> str | None:
     try:
         step()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:  # the last: a system without the call
         number = error.errno if isinstance(error, OSError) else None
         return errno.errorcode.get(number or 0, type(error).__name__)
     return None

@@ -32,7 +32,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -57,6 +57,11 @@ SHARE_OF_MEMORY = 0.75
 #: Of the parent's environment, what the worker gets too.
 KEPT = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH")
 KEPT_FAMILIES = ("OMP_", "MKL_", "CUDA_", "CUBLAS_", "NVIDIA_", "TORCH_", "PYTORCH_")
+
+OUTSIDE = (
+    "the worker reads what lies in data.root only; if these files lie elsewhere, or links lead "
+    "there, name the folder in limits.readable of site.toml"
+)
 
 Watch = Callable[[], None]
 
@@ -234,6 +239,16 @@ class Supervisor:
             raise MachineError(f"the worker was ended: it held more than {most} of memory")
 
 
+def confinement_of(config: SiteConfig) -> Confinement:
+    """Start a worker only to learn what this machine lets it give up.
+
+    Raises:
+        MachineError: if it cannot be started or does not tell.
+    """
+    with closing(Supervisor(config)) as supervisor:
+        return supervisor.confinement()
+
+
 def most_memory_bytes(max_memory_gb: float) -> float:
     """Return how much main memory a worker may hold; 0 means a share of the machine's."""
     if max_memory_gb > 0:
@@ -317,7 +332,9 @@ class _Worker:
         document, update = received
         answer = Answer.model_validate_json(document)
         if answer.failure == "data":
-            raise DataError(map(_printable, answer.sentences))
+            is_outside = any("PermissionError" in sentence for sentence in answer.sentences)
+            cure = [OUTSIDE] if is_outside else []
+            raise DataError([*map(_printable, answer.sentences), *cure])
         if answer.failure is not None or answer.outcome is None:
             raise MachineError("the worker could not do it; its own log line says why")
         if (update is not None) != bool(size):

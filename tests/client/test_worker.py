@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +20,17 @@ import numpy as np
 import pytest
 
 from client import config as configs
-from client import supervisor
 from client.config import SiteConfig
 from client.confinement import Confinement
-from client.supervisor import Supervisor, exposed, most_memory_bytes, readable_of, receive, send
+from client.supervisor import (
+    Supervisor,
+    confinement_of,
+    exposed,
+    most_memory_bytes,
+    readable_of,
+    receive,
+    send,
+)
 from client.work import Bench, Cohort, Job, Outcome
 from shared_models import nets
 from shared_models.errors import DataError, MachineError
@@ -255,7 +263,6 @@ def test_a_worker_that_does_not_listen_ends_when_its_time_is_over(
     one = workers("time.sleep(60)")
     one.confinement()
     with pytest.raises(MachineError, match="longer than its limit"):
-        one(job_of(limit_s=0.5), np.zeros(10_000_000, np.float32))
         one(job_of(limit_s=0.5), np.zeros(10_000_000, np.float32))
 
 
@@ -624,5 +631,19 @@ def test_a_job_gives_the_same_bits_in_whichever_process_it_is_done(
     assert mark not in said.err + said.out
 
 
-def test_workers_are_watched_often_enough() -> None:
-    assert supervisor.WATCH_S <= 0.25
+def test_images_outside_the_data_folder_are_not_read_unless_the_site_says_so(
+    hospital, job_of: Callable[..., Job], mark: str, tmp_path: Path
+) -> None:
+    config, elsewhere = configs.read(hospital.config_file), tmp_path / "elsewhere"
+    if confinement_of(config).files is not None:
+        pytest.skip("this system has no Landlock")
+    elsewhere.mkdir()
+    image = hospital.images / f"{mark}-3-0.png"
+    image.rename(elsewhere / "image.png")
+    image.symlink_to(elsewhere / "image.png")
+    with closing(Supervisor(config)) as one, pytest.raises(DataError) as caught:
+        one(job_of("prepare", data=config.data), None)
+    assert "limits.readable" in caught.value.objections[-1]
+    allowed = config.limits.model_copy(update={"readable": (elsewhere,)})
+    with closing(Supervisor(config.model_copy(update={"limits": allowed}))) as one:
+        assert one(job_of("prepare", data=config.data), None)[0].cohort is not None

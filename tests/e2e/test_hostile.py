@@ -254,7 +254,7 @@ def serving(config_file: Path, bundle: str) -> Iterator[None]:
 
 
 class Session(NamedTuple):
-    """What was said in each run, what the journal and the ledger hold then, and how long it took."""
+    """What was said in each run, what journal and ledger hold then, and how long it took."""
 
     said: dict[str, list[Any]]
     entries: list[JournalEntry]
@@ -263,6 +263,7 @@ class Session(NamedTuple):
     it_ran: bool
 
 
+OTHER = letter(weights=-WEIGHTS)
 FORGED = {
     "signed by a stranger": (letter(key=STRANGER), "bad-signature"),
     "signed by nobody": (letter()._replace(key="", signature=""), "bad-signature"),
@@ -315,19 +316,27 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     yield Session(said, office.entries(), office.charges(), seconds, (folder / "it-ran").exists())
 
 
-def _begin(office: Office, name: str, letters: list[Letter]) -> int:
-    """Submit a run of a long training and return its id when it trains."""
+def _begin(office: Office, name: str, letters: list[Letter]) -> tuple[int, int]:
+    """Submit a run of a long training; return its id, and that of the process, when it trains."""
     known = len(office.charges())
     run_id = office.run(name, letters, deadline_s=120.0)
     wait_until(lambda: len(office.charges()) > known)
-    return run_id
+    wait_until(lambda: office.entries()[-1].kind == "reservation")
+    (worker,) = workers()
+    before = cpu_ticks(worker)
+    wait_until(lambda: cpu_ticks(worker) > before + 20)
+    return run_id, worker
+
+
+def cpu_ticks(pid: int) -> int:
+    words = Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()
+    return int(words[11])
 
 
 def _killed(office: Office) -> tuple[list[Any], float]:
     """Kill the worker in the middle of a training, as the kernel does when memory is short."""
-    run_id = _begin(office, "killed", [letter(plan=LONG), letter(3, "evaluate")])
+    run_id, worker = _begin(office, "killed", [letter(plan=LONG), letter(3, "evaluate")])
     start = time.monotonic()
-    (worker,) = workers()
     os.kill(worker, signal.SIGKILL)
     wait_until((office.folder / "killed" / "heard.json").exists)
     seconds = time.monotonic() - start
@@ -336,8 +345,7 @@ def _killed(office: Office) -> tuple[list[Any], float]:
 
 def _stopped(office: Office) -> float:
     """Stop a run in the middle of a training and return how long the site trains on."""
-    run_id = _begin(office, "stopped", [letter(plan=LONG, weights=-WEIGHTS)])
-    (worker,) = workers()
+    run_id, worker = _begin(office, "stopped", [letter(plan=LONG, weights=-WEIGHTS)])
     start = time.monotonic()
     assert office.link.stop(run_id)
     wait_until(lambda: worker not in workers())
