@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -1312,6 +1315,33 @@ def test_an_opened_site_answers_as_its_site_toml_says(house: House, hospital) ->
     with open_site(hospital.config_file) as desk:
         reply, _ = unseal(desk.answer(house.letter()), key=public_key(hospital.key))
     assert isinstance(reply, SiteReply)
+
+
+AGENT = """
+import base64, json, sys
+from pathlib import Path
+from client import agent
+from client.answer import open_site
+from shared_models.wire import Letter
+*texts, bucket = json.loads(sys.stdin.read())
+with open_site(Path(sys.argv[1])) as desk:
+    said = desk.answer(Letter(*texts, (base64.b64decode(bucket),)))
+libraries = {name.partition(".")[0] for name in sys.modules}
+print(said.kind, *sorted({"torch", "monai", "opacus", "PIL", "pydicom"} & libraries))
+"""
+
+
+def test_who_holds_the_keys_imports_nothing_that_reads_or_trains(house: House, hospital) -> None:
+    letter = house.letter()
+    told = json.dumps([*letter[:4], base64.b64encode(letter.buckets[0]).decode()])
+    done = subprocess.run(
+        [sys.executable, "-c", AGENT, str(hospital.config_file)],
+        input=told,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.split() == ["reply"], done.stderr
 
 
 def test_an_opened_site_has_put_its_ledger_right(house: House, hospital) -> None:
