@@ -1,11 +1,13 @@
 """A door: the site's agent on the Fleet API of a stock SuperLink, over TLS, by an enrolled key.
 
-The agent only ever calls out: it listens on no port, starts no process, and never fetches the
-app bundle the coordinator submitted. What it runs is the app installed here (``client/app.py``),
-in this process, one order at a time.
+The agent only ever calls out: it listens on no port and never fetches the app bundle the
+coordinator submitted. What it runs is the app installed here (``client/app.py``), one order at a
+time; the work is done by a process that is started beforehand (``client/supervisor.py``).
 
 Guarantees:
     The app bundle is never pulled, unpacked or imported.
+    An order of a run whose bundle is not the known one is refused, and nothing of it is fetched.
+    The work for a run that has ended is ended within seconds.
     A reply is pushed again until the SuperLink has all of it, its order expires or the run ends.
     No answer of the SuperLink ends the agent; only ``stop`` does.
 
@@ -49,6 +51,7 @@ from flwr.proto.message_pb2 import (
     PushObjectRequest,
 )
 from flwr.proto.node_pb2 import Node
+from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -60,7 +63,8 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from client.app import Answer, error_reply, make_app
+from client.app import Answer, Refuse, make_app, refusal_reply
+from shared_models.envelope import BUNDLE_DIGEST
 from shared_models.errors import DocumentError
 from shared_models.signing import write_secret
 
@@ -83,11 +87,12 @@ log = logging.getLogger(__name__)
 
 
 class FleetLink(NamedTuple):
-    """Where the coordinator is, how to recognise it, and this site's key."""
+    """Where the coordinator is, how to recognise it, this site's key, and the bundle it knows."""
 
     address: str
     root_certificates: Path
     node_key: Path
+    bundle: str = BUNDLE_DIGEST
 
 
 class _IncompleteError(Exception):
@@ -116,22 +121,35 @@ def create_node_key(file: Path) -> str:
     return public.decode()
 
 
-def run(link: FleetLink, answer: Answer, *, stop: threading.Event) -> None:
+def run(
+    link: FleetLink,
+    answer: Answer,
+    *,
+    stop: threading.Event,
+    refuse: Refuse | None = None,
+    cancel: Callable[[], None] = lambda: None,
+) -> None:
     """Answer the coordinator's orders until ``stop`` is set.
 
     An order being answered when ``stop`` is set is finished, and its reply pushed once, first.
 
+    Args:
+        link: to the coordinator.
+        answer: gives the reply to a letter.
+        stop: ends the agent.
+        refuse: gives the refusal of what is not to be read; without it, that is an error reply.
+        cancel: is called, more than once, when nobody waits any more for what ``answer`` does.
+
     Raises:
         DocumentError: if the key or the certificates cannot be read.
     """
-    app = make_app(answer)
     with _connected(link) as (client, public_key):
-        seat = _Seat(client, public_key, stop=stop)
+        seat = _Seat(client, public_key, stop=stop, bundle=link.bundle, cancel=cancel)
         ended = threading.Event()
         heart = threading.Thread(target=seat.beat, args=(ended,), daemon=True, name="heartbeat")
         heart.start()
         try:
-            _serve(seat, app)
+            _serve(seat, answer, refuse)
         finally:
             ended.set()
             heart.join()
@@ -142,12 +160,22 @@ class _Seat:
     """This site's place at the SuperLink: ``node`` is None until it is activated."""
 
     def __init__(
-        self, client: FleetHttpClient, public_key: bytes, *, stop: threading.Event
+        self,
+        client: FleetHttpClient,
+        public_key: bytes,
+        *,
+        stop: threading.Event,
+        bundle: str = BUNDLE_DIGEST,
+        cancel: Callable[[], None] = lambda: None,
     ) -> None:
         self.client = client
         self.public_key = public_key
         self.stop = stop
+        self.bundle = bundle
+        self.cancel = cancel
         self.node: Node | None = None
+        self.working_for: int | None = None
+        self.bundles: dict[int, str] = {}
         self.delivered_at = 0.0
 
     def activate(self) -> Node:
@@ -163,6 +191,7 @@ class _Seat:
     def insist(self, call: Callable[[Node], Result], *, until: float) -> Result | None:
         """Repeat ``call`` until it succeeds; None once the run has ended, at ``until`` or on stop.
 
+        ``until`` is by the monotonic clock: setting the machine's clock changes no wait.
         ``call`` is made at least once, and must continue where it was interrupted.
         """
         delay_s, level = 0.25, logging.WARNING
@@ -181,20 +210,40 @@ class _Seat:
                 log.log(level, "%s (%s); trying again", _trouble(status), type(error).__name__)
                 pause_s, level = delay_s, logging.DEBUG
                 delay_s = min(2 * delay_s, MAX_DELAY_S)
-            if self.stop.wait(pause_s) or time.time() > until:
+            if self.stop.wait(pause_s) or time.monotonic() > until:
                 return None
 
     def beat(self, ended: threading.Event) -> None:
-        """Tell the SuperLink that this site is there, until ``ended``."""
-        while not ended.wait(HEARTBEAT_S / 2):
+        """Tell the SuperLink that this site is there, and watch its run, until ``ended``."""
+        while not ended.wait(HEARTBEAT_S / 4):
             if (node := self.node) is None:
                 continue
             try:
                 self.client.SendNodeHeartbeat(
                     SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT_S)
                 )
+                self._check_that_somebody_waits(node)
             except RETRIED as error:
                 log.debug("a heartbeat was lost: %s", type(error).__name__)
+
+    def _check_that_somebody_waits(self, node: Node) -> None:
+        if (run_id := self.working_for) is None:
+            return
+        try:
+            self.client.GetRun(GetRunRequest(node=node, run_id=run_id))
+        except httpx.HTTPStatusError as error:
+            if _status(error) == FINISHED and self.working_for == run_id:
+                log.info("the run has ended; its work is ended")
+                self.cancel()
+
+    def knows_bundle_of(self, run_id: int, *, until: float) -> bool | None:
+        """Tell whether the run's app bundle is the known one; None once the run has ended."""
+        if run_id not in self.bundles:
+            found = self.insist(_bundle_of(self.client, run_id), until=until)
+            if found is None:
+                return None
+            self.bundles[run_id] = found
+        return self.bundles[run_id] == self.bundle
 
     def leave(self) -> None:
         """Tell the SuperLink, if it still listens, that this site is gone."""
@@ -206,35 +255,70 @@ class _Seat:
                 log.debug("could not say goodbye: %s", type(error).__name__)
 
 
-def _serve(seat: _Seat, app: ClientApp) -> None:
-    busy_until = 0.0
+def _serve(seat: _Seat, answer: Answer, refuse: Refuse | None = None) -> None:
+    app, busy_until = make_app(answer, refuse), 0.0
     while not seat.stop.is_set():
         received = seat.insist(_receive(seat.client), until=float("inf"))
         if received:
             order, tree = received[0]
-            _obey(seat, app, order=order, tree=tree)
+            _obey(seat, app, refuse, order=order, tree=tree)
             busy_until = time.monotonic() + BUSY_S
         else:
             seat.stop.wait(POLL_BUSY_S if time.monotonic() < busy_until else POLL_IDLE_S)
 
 
-def _obey(seat: _Seat, app: ClientApp, *, order: Message, tree: ObjectTree) -> None:
-    until = order.metadata.created_at + order.metadata.ttl
+def _obey(
+    seat: _Seat, app: ClientApp, refuse: Refuse | None, *, order: Message, tree: ObjectTree
+) -> None:
     start = time.monotonic()
-    try:
-        content = seat.insist(_download(seat.client, order, tree=tree), until=until)
-        if content is None:
-            return
-        order.content = content
-        context = Context(order.metadata.run_id, order.metadata.dst_node_id, {}, RecordDict(), {})
-        reply = app(order, context)
-    except Exception as error:  # a malformed order must not end the agent
-        log.error("an order could not be read: %s", type(error).__name__)
-        reply = error_reply(order)
+    until = start + order.metadata.created_at + order.metadata.ttl - time.time()
+    reply = _reply(seat, app, refuse, order=order, tree=tree, until=until)
+    if reply is None:
+        return
     push = _upload(seat.client, reply, seconds=time.monotonic() - start)
     if seat.insist(push, until=until) is None:
         log.warning("a reply could not be delivered")
     seat.delivered_at = time.monotonic()
+
+
+def _reply(
+    seat: _Seat,
+    app: ClientApp,
+    refuse: Refuse | None,
+    *,
+    order: Message,
+    tree: ObjectTree,
+    until: float,
+) -> Message | None:
+    """Return the reply to an order, or None if nobody waits for it."""
+    run_id = order.metadata.run_id
+    is_known = seat.knows_bundle_of(run_id, until=until)
+    if is_known is None:
+        return None
+    if not is_known:
+        return refusal_reply(order, refuse, why="the bundle of its run is not the known one")
+    try:
+        content = seat.insist(_download(seat.client, order, tree=tree), until=until)
+        if content is None:
+            return None
+        order.content = content
+        seat.working_for = run_id
+        context = Context(run_id, order.metadata.dst_node_id, {}, RecordDict(), {})
+        return app(order, context)
+    except Exception as error:  # a malformed order must not end the agent
+        return refusal_reply(order, refuse, why=f"it could not be read: {type(error).__name__}")
+    finally:
+        seat.working_for = None
+
+
+def _bundle_of(client: FleetHttpClient, run_id: int) -> Callable[[Node], str]:
+    """Return a call that asks for the digest of a run's app bundle."""
+
+    def call(node: Node) -> str:
+        found: str = client.GetRun(GetRunRequest(node=node, run_id=run_id)).run.fab_hash
+        return found
+
+    return call
 
 
 def _receive(client: FleetHttpClient) -> Callable[[Node], list[tuple[Message, ObjectTree]]]:

@@ -4,10 +4,14 @@ The order of things is the site's whole security: read and verify, judge, reserv
 keep, commit, write down. A refusal is an answer like any other; its reason in words stays in the
 site's own log.
 
+The images are read and trained on elsewhere, in a process without keys (``supervisor.py``); what it
+answers is numbers, and the gate's to judge.
+
 Guarantees:
     An order to train given again is answered with the same bytes for nothing, or charged again.
     A reply to training that cannot be kept on disk and committed does not leave.
     What cannot be written in the journal does not leave.
+    An earlier round than the last one answered is refused, by an agent started anew as well.
 """
 
 from __future__ import annotations
@@ -15,10 +19,11 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -26,49 +31,49 @@ from client import config as configs
 from client import journal, ledger, masks, outbox, peers, studies
 from client.config import SiteConfig
 from client.gate import Refused, Result, pass_out, refusal
-from client.policy import judge
+from client.policy import broken_rules
+from client.supervisor import Supervisor, exposed
+from client.work import Bench, Cohort, Job, Step, Trainer
 from shared_models.contracts import PrivacyStatement, Reservation, RoundOrder
-from shared_models.errors import ConsiliaError, DataError, LedgerError
+from shared_models.errors import ConsiliaError, DataError, LedgerError, MachineError
+from shared_models.journal import parse
 from shared_models.plan import SignedPlan, StudyPlan, event_of
 from shared_models.privacy import events_of, share_of, statement
 from shared_models.signing import digest as digest_of
 from shared_models.signing import load_key, public_key
-from shared_models.weights import (
-    Array,
-    Schema,
-    digest,
-    is_finite,
-    schema_of,
-    size_of,
-    subtract,
-    unflatten,
-)
+from shared_models.weights import Array, Schema, digest, is_finite, size_of, unflatten
 from shared_models.wire import Letter, seal, unseal
 
 log = logging.getLogger(__name__)
 
 NO_STUDY = "0" * 64
+MOST_AHEAD = timedelta(minutes=5)  # as far as two clocks may differ
 
 
 class Study(NamedTuple):
-    """An approved study, made ready: its plan, task, patients by split, and its net's schema."""
+    """An approved study that the site's rules still allow, and its net's schema."""
 
     plan: StudyPlan
-    task: Any
-    cohort: Any
     schema: Schema
 
 
 class Site:
-    """One hospital's memory between orders: keys, loaded studies, the last round answered."""
+    """One hospital's memory between orders: keys, studies it judged, the last round answered.
 
-    def __init__(self, config: SiteConfig, *, key: Ed25519PrivateKey) -> None:
+    ``trainer`` does the work: here in this process, for a site that is served in a worker's.
+    """
+
+    def __init__(
+        self, config: SiteConfig, *, key: Ed25519PrivateKey, trainer: Trainer | None = None
+    ) -> None:
         self.config = config
         self.key = key
+        self.trainer = Bench() if trainer is None else trainer
         self.studies: dict[str, Study] = {}
         self.last_round: dict[tuple[str, str], int] = {}
         self.book = journal.Book(config.state_dir, config.name, key)
         self.is_caught_up = False
+        self.is_recalled = False
 
     def note(self, event: journal.Event) -> None:
         """Write ``event`` in the journal, which is first made to agree with the ledger if need be.
@@ -79,12 +84,23 @@ class Site:
         if not self.is_caught_up:
             journal.catch_up(self.book)
             self.is_caught_up = True
+        if not self.is_recalled:
+            self.last_round = last_rounds(self.book) | self.last_round
+            self.is_recalled = True
         journal.append(self.book, event)
 
     def note_charge(self, event: journal.Event) -> None:
         """Write down the ledger's newest line, before which the journal had all of it."""
         journal.append(self.book, event)
         self.is_caught_up = True
+
+
+class Desk(NamedTuple):
+    """A site that is open: what answers its letters, refuses what is none, and ends the work."""
+
+    answer: Callable[[Letter], Letter]
+    refuse: Callable[[str], Letter]
+    cancel: Callable[[], None]
 
 
 class Seat(NamedTuple):
@@ -95,19 +111,33 @@ class Seat(NamedTuple):
     answer: Callable[[Letter], Letter]
 
 
-def open_site(config_file: Path) -> Callable[[Letter], Letter]:
-    """Return the function that answers letters for the site of ``config_file``.
+@contextmanager
+def open_site(config_file: Path) -> Iterator[Desk]:
+    """Open the site of ``config_file``: it answers letters, and has a worker process do the work.
 
-    What a crash left in the ledger is put right first.
+    What a crash left in the ledger is put right first. When this is left, the worker is ended.
 
     Raises:
         DocumentError: if the configuration, the key or the journal cannot be read.
+        MachineError: if no worker can be started.
     """
     config = configs.read(config_file)
-    site = Site(config, key=load_key(config.signing_key))
-    ledger.repair(config.state_dir)
-    journal.note_config(site.book, config_file)
-    return lambda letter: answer(letter, site)
+    key = load_key(config.signing_key)
+    supervisor = Supervisor(config)
+    try:
+        site = Site(config, key=key, trainer=supervisor)
+        ledger.repair(config.state_dir)
+        journal.note_config(site.book, config_file)
+        supervisor.start()
+        for secret in exposed(config):
+            log.warning("the worker may read %s; keep it out of the images' folder", secret.name)
+        yield Desk(
+            answer=lambda letter: answer(letter, site),
+            refuse=lambda why: refuse(why, site),
+            cancel=supervisor.cancel,
+        )
+    finally:
+        supervisor.close()
 
 
 def introduce(config_file: Path) -> tuple[str, str]:
@@ -154,7 +184,17 @@ def rehearse(
 
 def answer(letter: Letter, site: Site) -> Letter:
     """Return the site's reply to ``letter``, once it stands in the journal."""
-    said = _judged(letter, site)
+    return _noted(_judged(letter, site), site)
+
+
+def refuse(why: str, site: Site) -> Letter:
+    """Return the refusal of an order that is not to be read, once it stands in the journal."""
+    log.warning("an order was refused unread (bad-order): %s", why)
+    return _noted(seal(refusal(_unknown_order(site), "bad-order"), key=site.key), site)
+
+
+def _noted(said: Letter, site: Site) -> Letter:
+    """Write down what is to be said; if that cannot be done, no more than that is said."""
     event = journal.event_of_letter(said)
     try:
         journal.append(site.book, event)  # a refusal may be of a ledger that cannot be read
@@ -188,6 +228,9 @@ def _judged(letter: Letter, site: Site) -> Letter:
     except LedgerError as error:
         log.error("round %d refused (budget): %s", order.round_, error)
         return seal(refusal(order, "budget"), key=site.key)
+    except MachineError as error:
+        log.error("round %d failed: %s", order.round_, error)
+        return seal(refusal(order, "failed"), key=site.key)
     except Exception as error:
         log.error("round %d failed: %s", order.round_, type(error).__name__)
         # the lines of code only: a message may quote a file's name or its content
@@ -213,8 +256,11 @@ def _opened(letter: Letter, site: Site) -> tuple[RoundOrder, Array]:
 
 def _admitted(order: RoundOrder, vector: Array, site: Site) -> Study:
     """Return the study the order belongs to, or refuse."""
-    if order.expires_at < datetime.now(UTC):
+    now = datetime.now(UTC)
+    if order.expires_at < now:
         raise Refused("expired", "the order came too late")
+    if order.issued_at > now + MOST_AHEAD:
+        raise Refused("bad-order", "it is dated ahead of this machine's clock; compare the clocks")
     plan = studies.approved(order.study, site.config, key=site.key)
     if plan is None:
         raise Refused("not-approved", "no approval of this plan by this site")
@@ -230,58 +276,48 @@ def _admitted(order: RoundOrder, vector: Array, site: Site) -> Study:
     if is_first and plan.start not in (None, order.weights_digest):
         raise Refused("bad-order", "the weights are not the start that the plan states")
     if order.study not in site.studies:
-        objections = judge(plan, site.config, today=_today())
-        if objections:
-            raise Refused("policy", "; ".join(objections))
-        site.studies[order.study] = _prepared(plan, site)
+        site.studies[order.study] = _ruled(plan, order, site)
     study = site.studies[order.study]
     if vector.shape != (size_of(study.schema),):
         raise Refused("bad-order", "the weights do not fit the plan's net")
     return study
 
 
-def _prepared(plan: StudyPlan, site: Site) -> Study:
-    """Read the site's patients for ``plan`` and check that it can be trained on them."""
-    import torch
+def _ruled(plan: StudyPlan, order: RoundOrder, site: Site) -> Study:
+    """Return ``plan`` with its net's schema, if the site's rules still allow it, or refuse."""
+    objections = broken_rules(plan, site.config)
+    if not objections:
+        outcome, _ = site.trainer(_job("judge", plan, order, site), None)
+        objections = list(outcome.objections)
+    if objections:
+        raise Refused("policy", "; ".join(objections))
+    return Study(plan, outcome.tensors)
 
-    from client.probe import mixes_images
-    from shared_models import cohort, nets, tasks
-    from shared_models.nets.base import weights_of
-    from shared_models.registry import find
 
-    plugins = site.config.policy.plugins
-    task = find("tasks", plan.task.name, builtin=tasks.BUILTIN, plugins=plugins)(**plan.task.params)
-    data = site.config.data
-    patients = cohort.load(
-        data.manifest,
-        root=data.root,
-        plan=plan,
-        task=task,
-        splits=("train", "test"),
-        plugins=plugins,
-    )
-    num_patients = len(patients["train"])
-    if num_patients < max(plan.min_patients, site.config.policy.min_patients):
+def _counted(order: RoundOrder, plan: StudyPlan, site: Site) -> Cohort:
+    """Have the site's patients read, and return their number if they may be trained on."""
+    outcome, _ = site.trainer(_job("prepare", plan, order, site), None)
+    cohort = outcome.cohort
+    if cohort is None:
+        raise MachineError("expected a count of the patients, got none")
+    fewest = max(plan.min_patients, site.config.policy.min_patients)
+    if cohort.num_patients < fewest:
         raise Refused(
             "too-few-patients",
-            f"expected at least {max(plan.min_patients, site.config.policy.min_patients)} patients "
-            f"to train on, got {num_patients}; list more of them, or stay out of this study",
+            f"expected at least {fewest} patients to train on, got {cohort.num_patients}; list "
+            "more of them, or stay out of this study",
         )
-    if plan.privacy is not None and plan.privacy.delta >= 1 / num_patients:
+    if plan.privacy is not None and plan.privacy.delta >= 1 / cohort.num_patients:
         raise Refused(
             "policy",
-            f"expected delta under one over the {num_patients} patients here, "
+            f"expected delta under one over the {cohort.num_patients} patients here, "
             f"got {plan.privacy.delta:g}; ask for a plan with a smaller one",
         )
-    net = nets.make(
-        plan.net.name, plan.net.params, seed=0, num_outputs=task.num_outputs, plugins=plugins
-    )
-    first = torch.cat([patient.images[:1] for patient in patients["train"][:2]])
-    if plan.privacy is not None and mixes_images(net, first):
+    if plan.privacy is not None and cohort.is_mixed:
         raise Refused(
             "policy", "patients meet inside the net; name one whose layers keep them apart"
         )
-    return Study(plan, task, patients, schema_of(weights_of(net)))
+    return cohort
 
 
 def _said_before(order: RoundOrder, plan: StudyPlan, site: Site) -> Letter | None:
@@ -302,7 +338,7 @@ def _said_before(order: RoundOrder, plan: StudyPlan, site: Site) -> Letter | Non
 def _said_now(order: RoundOrder, vector: Array, study: Study, site: Site) -> Letter:
     """Do what the order asks, and keep and commit what of it may leave."""
     config = site.config
-    result = _obey(order, unflatten(vector, study.schema), study, site)
+    result = _obey(order, vector, study, site)
     passed = pass_out(result, order=order, plan=study.plan, site=config, schema=study.schema)
     if not isinstance(passed, tuple):
         return seal(passed, key=site.key)
@@ -316,81 +352,48 @@ def _said_now(order: RoundOrder, vector: Array, study: Study, site: Site) -> Let
     return letter
 
 
-def _obey(order: RoundOrder, weights: dict[str, Array], study: Study, site: Site) -> Result:
-    """Do what the order asks: evaluate, train, or train alone."""
-    import torch
-
-    from shared_models import nets
-    from shared_models.evaluation import evaluate
-    from shared_models.nets.base import load_weights, weights_of
-
-    plan, device = study.plan, device_of(site.config)
-    torch.set_num_threads(site.config.performance.threads)
-    net = nets.make(
-        plan.net.name,
-        plan.net.params,
-        seed=0,
-        num_outputs=study.task.num_outputs,
-        plugins=site.config.policy.plugins,
-    )
-    load_weights(net, weights)
+def _obey(order: RoundOrder, vector: Array, study: Study, site: Site) -> Result:
+    """Have done what the order asks: evaluate, train, or train alone."""
+    plan = study.plan
+    cohort = _counted(order, plan, site)
     started = time.monotonic()
-    test, train = study.cohort["test"], study.cohort["train"]
-    if order.kind == "evaluate":
-        evaluation = evaluate(net, test, task=study.task, device=device, with_intervals=True)
-        return Result(len(train), time.monotonic() - started, evaluation=evaluation)
-    if order.kind == "alone":
-        charge, privacy = _charge(order, study, site, rounds=plan.training.num_rounds)
-        loss = _train(net, study, site, range(plan.training.num_rounds), "alone")
-        evaluation = evaluate(net, test, task=study.task, device=device, with_intervals=True)
-        return Result(
-            len(train),
-            time.monotonic() - started,
-            train_loss=_shown(loss, plan),
-            evaluation=evaluation,
-            privacy=privacy,
-            charge=charge,
-        )
-    mask = masks.mask_for(order, plan, site.config) if plan.rounds.secure_aggregation else None
-    evaluation = evaluate(net, test, task=study.task, device=device)
-    charge, privacy = _charge(order, study, site, rounds=1)
-    mean_loss = _train(net, study, site, [order.round_], "train")
+    is_masked = order.kind == "train" and plan.rounds.secure_aggregation
+    mask = masks.mask_for(order, plan, site.config) if is_masked else None
+    charge, privacy = _charge(order, study, site)
+    outcome, update = site.trainer(_job(order.kind, plan, order, site), vector)
+    if outcome.cohort != cohort:
+        raise MachineError("the number of patients changed during the round")
     return Result(
-        len(train),
+        cohort.num_patients,
         time.monotonic() - started,
-        train_loss=_shown(mean_loss, plan),
-        update=subtract(weights_of(net), weights),
-        evaluation=evaluation,
+        train_loss=outcome.loss,
+        update=None if update is None else unflatten(update, study.schema),
+        evaluation=outcome.evaluation,
         privacy=privacy,
         charge=charge,
         mask=mask,
     )
 
 
-def _train(net: Any, study: Study, site: Site, rounds: Sequence[int], purpose: str) -> float:
-    from client.train import Performance, randomness_of, train
-
-    settings = site.config.performance
-    trained = train(
-        net,
-        study.cohort["train"],
-        plan=study.plan,
-        task=study.task,
-        rounds=rounds,
-        randomness=randomness_of(
-            study.plan, site=site.config.name, round_=rounds[0], purpose=purpose
-        ),
-        noise_multiplier=_noise_multiplier(study.plan, purpose),
-        performance=Performance(
-            device=device_of(site.config),
-            autocast=settings.autocast,
-            most_images=settings.most_images,
-            engine=settings.engine,
-        ),
+def _job(step: Step, plan: StudyPlan, order: RoundOrder, site: Site) -> Job:
+    """Return what the one who trains is told: of the site no more than where its images are."""
+    config = site.config
+    left_s = (order.expires_at - datetime.now(UTC)).total_seconds()
+    num_rounds = plan.training.num_rounds if step == "alone" else 1
+    most_s = 60 * config.limits.max_minutes_per_round * num_rounds
+    return Job(
+        step=step,
+        study=order.study,
+        plan=plan,
+        site=config.name,
+        data=config.data,
+        performance=config.performance,
+        plugins=config.policy.plugins,
+        today=_today(),
+        round_=order.round_,
+        noise_multiplier=_noise_multiplier(plan, step) if step in ("train", "alone") else 0.0,
+        limit_s=max(min(left_s, most_s), 1e-3),
     )
-    if trained.num_non_finite:
-        log.warning("round %d: some patients' gradients were not finite, left out", rounds[-1])
-    return trained.loss
 
 
 def _noise_multiplier(plan: StudyPlan, purpose: str) -> float:
@@ -398,19 +401,15 @@ def _noise_multiplier(plan: StudyPlan, purpose: str) -> float:
     return 0.0 if plan.privacy is None else share_of(event_of(plan, steps=1, purpose=purpose))
 
 
-def _shown(loss: float, plan: StudyPlan) -> float | None:
-    """Return the training loss if it may leave: it is not noised, so not under privacy terms."""
-    return loss if plan.privacy is None else None
-
-
 def _charge(
-    order: RoundOrder, study: Study, site: Site, *, rounds: int
+    order: RoundOrder, study: Study, site: Site
 ) -> tuple[Reservation, PrivacyStatement] | tuple[None, None]:
     """Reserve the cost of the coming steps, on disk, before any of them."""
     privacy = study.plan.privacy
-    if privacy is None:
+    if privacy is None or order.kind == "evaluate":
         return None, None
-    steps = rounds * study.plan.training.steps_per_round
+    terms = study.plan.training
+    steps = terms.steps_per_round * (terms.num_rounds if order.kind == "alone" else 1)
     policy = site.config.policy
     site.is_caught_up = False  # until the journal has what the ledger has
     charged = ledger.reserve(
@@ -429,14 +428,18 @@ def _charge(
     return charged[-1], stated
 
 
-def device_of(config: SiteConfig) -> str:
-    """Return the torch device the configuration means on this machine."""
-    import torch
+def last_rounds(book: journal.Book) -> dict[tuple[str, str], int]:
+    """Return the last round answered of each study and kind of order, as the journal has it.
 
-    wanted = config.performance.device
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return wanted
+    Raises:
+        DocumentError: if the journal cannot be read whole.
+    """
+    found: dict[tuple[str, str], int] = {}
+    for entry in (line.entry for line in parse(book.file.read_bytes())):
+        if entry.kind == "reply":
+            about = (str(entry.study), str(entry.order_kind))
+            found[about] = max(found.get(about, 0), entry.round_ or 0)
+    return found
 
 
 def _unknown_order(site: Site) -> RoundOrder:
@@ -453,14 +456,5 @@ def _unknown_order(site: Site) -> RoundOrder:
     )
 
 
-def _today() -> Any:
+def _today() -> date:
     return datetime.now(UTC).date()
-
-
-def warm_up(config: SiteConfig) -> None:
-    """Import what training needs once, before the first order."""
-    import opacus  # noqa: F401
-    import torch
-    from monai.networks.nets import densenet, unet  # noqa: F401
-
-    torch.set_num_threads(config.performance.threads)

@@ -21,6 +21,7 @@ from shared_models.errors import DocumentError
 from shared_models.wire import Letter
 
 Answer = Callable[[Letter], Letter]
+Refuse = Callable[[str], Letter]  # given the reason, for the site's log
 
 FAILED = 2  # flwr.common.constant.ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 SITE_CONFIG = "site-config"
@@ -28,9 +29,17 @@ SITE_CONFIG = "site-config"
 log = logging.getLogger(__name__)
 
 
-def make_app(answer: Answer) -> ClientApp:
-    """Return a Flower app that gives every order to ``answer``."""
-    return _app(lambda _: answer)
+def make_app(answer: Answer, refuse: Refuse | None = None) -> ClientApp:
+    """Return a Flower app that gives every order to ``answer``, what is no letter to ``refuse``."""
+    return _app(lambda _: answer, refuse)
+
+
+def refusal_reply(order: Message, refuse: Refuse | None, *, why: str) -> Message:
+    """Return the reply to an order that is not to be read: a refusal, if there is who refuses."""
+    if refuse is not None:
+        return Message(record_from(refuse(why)), reply_to=order)
+    log.error("an order could not be answered: %s", why)
+    return error_reply(order)
 
 
 def error_reply(order: Message) -> Message:
@@ -38,14 +47,17 @@ def error_reply(order: Message) -> Message:
     return Message(Error(code=FAILED, reason="the site could not answer"), reply_to=order)
 
 
-def _app(choose: Callable[[Context], Answer]) -> ClientApp:
+def _app(choose: Callable[[Context], Answer], refuse: Refuse | None = None) -> ClientApp:
     flower_app = ClientApp()
 
     @flower_app.train()
     def train(message: Message, context: Context) -> Message:
         try:
-            reply = choose(context)(letter_from(message.content))
-            return Message(record_from(reply), reply_to=message)
+            try:
+                letter = letter_from(message.content)
+            except DocumentError:
+                return refusal_reply(message, refuse, why="it is no letter")
+            return Message(record_from(choose(context)(letter)), reply_to=message)
         except Exception as error:  # whatever failed, its text stays in the hospital
             log.error("an order could not be answered: %s", type(error).__name__)
             log.debug("the exception was", exc_info=True)
@@ -61,7 +73,11 @@ def _configured(context: Context) -> Answer:
     file = context.node_config.get(SITE_CONFIG)
     if not isinstance(file, str):
         raise DocumentError(f"expected {SITE_CONFIG}=<site.toml> in the node's configuration")
-    answer: Answer = open_site(Path(file))
+
+    def answer(letter: Letter) -> Letter:
+        with open_site(Path(file)) as desk:  # a stock node starts a process for each order anyway
+            return desk.answer(letter)
+
     return answer
 
 

@@ -172,18 +172,17 @@ def start(config: ConfigFile = Path("site.toml")) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.ERROR)  # the second accountant's search is noisy
     site = configs.read(config)
-    answer_letter = answer.open_site(config)
-    answer.warm_up(site)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     link = agent.FleetLink(site.link.address, site.link.root_certificates, site.link.node_key)
     book = journal.Book(site.state_dir, site.name, load_key(site.signing_key))
-    journal.append(book, journal.Event("started"))
-    try:
-        agent.run(link, answer_letter, stop=stop)
-    finally:
-        journal.append(book, journal.Event("stopped"))
+    with answer.open_site(config) as desk:
+        journal.append(book, journal.Event("started"))
+        try:
+            agent.run(link, desk.answer, stop=stop, refuse=desk.refuse, cancel=desk.cancel)
+        finally:
+            journal.append(book, journal.Event("stopped"))
 
 
 def _verdict(objections: list[str], *, as_json: bool) -> None:

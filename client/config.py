@@ -16,6 +16,7 @@ from shared_models.contracts import (
     Contract,
     MetricName,
     Name,
+    NonNegative,
     Positive,
     Probability,
     PublicKey,
@@ -76,6 +77,20 @@ class PerformanceSettings(Contract):
     engine: Literal["bookkeeping", "opacus"] = "bookkeeping"
 
 
+class LimitSettings(Contract):
+    """What the process that trains may take, and read, before it is ended.
+
+    ``max_minutes_per_round`` bounds a round of training or an evaluation, and training alone once
+    for each of its rounds; no order is worked on after it expired. ``max_memory_gb`` is of main
+    memory; 0 is three quarters of the machine's. ``readable`` are files and folders outside
+    ``data.root`` that images lie in or links lead to.
+    """
+
+    max_minutes_per_round: Positive = 120.0
+    max_memory_gb: NonNegative = 0.0
+    readable: tuple[Path, ...] = ()
+
+
 class SiteConfig(Contract):
     """Everything a site agent needs to know."""
 
@@ -88,6 +103,7 @@ class SiteConfig(Contract):
     data: DataSettings
     policy: PolicySettings
     performance: PerformanceSettings = PerformanceSettings()
+    limits: LimitSettings = LimitSettings()
 
 
 def read(file: Path) -> SiteConfig:
@@ -117,7 +133,7 @@ def parse(text: str) -> SiteConfig:
 
 
 def _absolute(config: SiteConfig, base: Path) -> SiteConfig:
-    link, data = config.link, config.data
+    link, data, limits = config.link, config.data, config.limits
     return config.model_copy(
         update={
             "state_dir": base / config.state_dir,
@@ -131,6 +147,9 @@ def _absolute(config: SiteConfig, base: Path) -> SiteConfig:
             "policy": config.policy.model_copy(update={"peers": base / config.policy.peers}),
             "data": data.model_copy(
                 update={"manifest": base / data.manifest, "root": base / data.root}
+            ),
+            "limits": limits.model_copy(
+                update={"readable": tuple(base / path for path in limits.readable)}
             ),
         }
     )

@@ -6,6 +6,7 @@ Guarantees:
     Under a plan with privacy terms nothing trained leaves without a charge in the ledger.
     Under a plan with privacy terms the training loss never leaves, for it is not noised.
     A metric the site does not list never leaves, nor one over fewer patients than its minimum.
+    A number beside the update leaves with four decimals at most, and only as large as a measure is.
     A metric is named by the site's list and the plan's classes, by nothing else.
     Under a plan with secure aggregation no update leaves without its mask.
 
@@ -16,7 +17,7 @@ but the plan itself. Any doubt is a refusal; what was wrong goes to the site's l
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +41,9 @@ from shared_models.weights import Schema, Weights
 from shared_models.wire import Vector
 
 log = logging.getLogger(__name__)
+
+MOST_MEASURE = 1e6  # metrics, losses, seconds: more digits than that could spell something else
+MOST_COUNT = 10**8
 
 
 class Refused(Exception):
@@ -155,6 +159,8 @@ def _objections(
             found.append("the study's epsilon exceeds what plan and site allow")
     if result.privacy is not None and not _is_ours(result.privacy):
         found.append("the privacy statement is not in the platform's own words")
+    if not all(_is_plain(value, most=most) for value, most in _numbers(result)):
+        found.append("a number beside the update is none, not finite, or larger than a measure is")
     if is_trained and result.num_patients < max(plan.min_patients, site.policy.min_patients):
         found.append("fewer patients than the plan or the site allows")
     return found
@@ -176,6 +182,24 @@ def _update_objections(
     return found
 
 
+def _numbers(result: Result) -> Iterator[tuple[object, float]]:
+    """Yield every number that may leave beside the update, with the most it can be."""
+    measures: list[object] = [result.seconds]
+    counts: list[object] = [result.num_patients]
+    if result.train_loss is not None:
+        measures.append(result.train_loss)
+    if (evaluation := result.evaluation) is not None:
+        counts += [evaluation.num_patients, evaluation.num_images]
+        measures += evaluation.metrics.values()
+        measures += [bound for bounds in evaluation.intervals.values() for bound in bounds]
+    yield from ((measure, MOST_MEASURE) for measure in measures)
+    yield from ((count, MOST_COUNT) for count in counts)
+
+
+def _is_plain(value: object, *, most: float) -> bool:
+    return isinstance(value, int | float) and abs(value) <= most
+
+
 def _is_ours(privacy: PrivacyStatement) -> bool:
     return (privacy.covers, privacy.does_not_cover) == sentences_for(privacy.noise_shares)
 
@@ -191,8 +215,12 @@ def _redacted(
     allowed = listed | {f"{metric}_{name}" for metric in listed for name in classes}
     return evaluation.model_copy(
         update={
-            "metrics": {k: v for k, v in evaluation.metrics.items() if k in allowed},
-            "intervals": {k: v for k, v in evaluation.intervals.items() if k in allowed},
+            "metrics": {k: round(v, 4) for k, v in evaluation.metrics.items() if k in allowed},
+            "intervals": {
+                k: (round(low, 4), round(high, 4))
+                for k, (low, high) in evaluation.intervals.items()
+                if k in allowed
+            },
         }
     )
 

@@ -20,8 +20,12 @@ Rule = Callable[[StudyPlan, SiteConfig], str | None]
 
 def judge(plan: StudyPlan, site: SiteConfig, *, today: date) -> list[str]:
     """Return every objection of this site to ``plan``; none means it may be approved."""
-    found = [objection for rule in RULES if (objection := rule(plan, site)) is not None]
-    return found + objections(plan, today=today, plugins=site.policy.plugins)
+    return broken_rules(plan, site) + objections(plan, today=today, plugins=site.policy.plugins)
+
+
+def broken_rules(plan: StudyPlan, site: SiteConfig) -> list[str]:
+    """Return the objections of this site's own rules, which need nothing that the plan names."""
+    return [objection for rule in RULES if (objection := rule(plan, site)) is not None]
 
 
 def is_invited(plan: StudyPlan, site: SiteConfig) -> str | None:

@@ -48,6 +48,7 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from server.consortium import TlsFiles
+from shared_models.envelope import BUNDLE_FILES
 from shared_models.errors import DocumentError, MachineError, RunError
 
 Request = TypeVar("Request")
@@ -59,28 +60,6 @@ POLL_S = 0.1
 MARK = "CONSILIA_SUPERLINK"  # in the environment of everything a SuperLink starts
 
 log = logging.getLogger(__name__)
-
-PYPROJECT = """\
-[project]
-name = "consilia"
-version = "1.0.0"
-description = "What runs is what is installed at each party: this bundle holds no code."
-license = { file = "LICENSE" }
-dependencies = ["flwr>=1.41"]
-
-[tool.flwr.app]
-publisher = "consilia"
-fab-format-version = 1
-flwr-version-target = "1.41.0"
-
-[tool.flwr.app.components]
-serverapp = "server.app:app"
-clientapp = "client.app:app"
-
-[tool.flwr.app.config]
-run-dir = ""
-"""
-LICENSE = "The licence of the installed Consilia package applies.\n"
 
 
 class RunState(NamedTuple):
@@ -191,8 +170,8 @@ def free_port() -> int:
 def thin_app(folder: Path) -> Path:
     """Write the app bundle's two files to ``folder``: they name what is installed, nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "pyproject.toml").write_text(PYPROJECT)
-    (folder / "LICENSE").write_text(LICENSE)
+    for name, text in BUNDLE_FILES.items():
+        (folder / name).write_text(text)
     return folder
 
 

@@ -11,6 +11,33 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from shared_models.errors import DocumentError
 from shared_models.wire import Letter
 
+#: The app bundle of every run: it names what is installed at each party, and holds no code.
+BUNDLE_FILES = {
+    "pyproject.toml": """\
+[project]
+name = "consilia"
+version = "1.0.0"
+description = "What runs is what is installed at each party: this bundle holds no code."
+license = { file = "LICENSE" }
+dependencies = ["flwr>=1.41"]
+
+[tool.flwr.app]
+publisher = "consilia"
+fab-format-version = 1
+flwr-version-target = "1.41.0"
+
+[tool.flwr.app.components]
+serverapp = "server.app:app"
+clientapp = "client.app:app"
+
+[tool.flwr.app.config]
+run-dir = ""
+""",
+    "LICENSE": "The licence of the installed Consilia package applies.\n",
+}
+#: The SHA-256 of what Flower packs of them: a site obeys no order of a run of any other bundle.
+BUNDLE_DIGEST = "b24716ac0ca708ed71db6fbfb6cab00f26d216efc7b3e3caff59855f628c805d"
+
 FIELDS = ("kind", "document", "key", "signature")
 
 

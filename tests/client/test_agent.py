@@ -5,6 +5,7 @@ import logging
 import stat
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from flwr.proto.message_pb2 import (
     PushObjectRequest,
     PushObjectResponse,
 )
+from flwr.proto.run_pb2 import GetRunRequest, GetRunResponse, Run
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.protobuf.client import ProtobufClient
@@ -43,7 +45,7 @@ from hypothesis import strategies as st
 
 from client import agent
 from client.app import FAILED, make_app
-from shared_models.envelope import letter_from, record_from
+from shared_models.envelope import BUNDLE_DIGEST, letter_from, record_from
 from shared_models.errors import DocumentError
 from shared_models.wire import Letter
 
@@ -149,8 +151,14 @@ def status_error(status: int) -> httpx.HTTPStatusError:
 class Fleet:
     """A SuperLink with one order, which fails a method as often as ``troubles`` says."""
 
-    def __init__(self, order: Message, troubles: dict[str, list[Exception]] | None = None) -> None:
-        self.order, self.troubles = order, troubles or {}
+    def __init__(
+        self,
+        order: Message,
+        troubles: dict[str, list[Exception]] | None = None,
+        *,
+        bundle: str = BUNDLE_DIGEST,
+    ) -> None:
+        self.order, self.troubles, self.bundle = order, troubles or {}, bundle
         self.stop = threading.Event()
         self.objects = {
             key: value.deflate() for key, value in get_all_nested_objects(order).items()
@@ -180,6 +188,13 @@ class Fleet:
             message_object_trees=[get_object_tree(self.order)],
         )
 
+    def GetRun(self, request: GetRunRequest) -> GetRunResponse:  # noqa: N802
+        self._called("GetRun")
+        return GetRunResponse(run=Run(run_id=request.run_id, fab_hash=self.bundle))
+
+    def SendNodeHeartbeat(self, request: SendNodeHeartbeatRequest) -> None:  # noqa: N802
+        self._called("SendNodeHeartbeat")
+
     def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:  # noqa: N802
         self._called("PullObject")
         content = self.objects[request.object_id]
@@ -208,10 +223,16 @@ class Fleet:
         return PushObjectResponse(stored=is_new)
 
 
-def served(fleet: Fleet) -> Message | None:
-    """Serve ``fleet``'s one order with an echo and return the reply as it arrived there."""
+def echo(letter: Letter) -> Letter:
+    return letter._replace(kind="reply")
+
+
+def served(
+    fleet: Fleet, answer: Callable[[Letter], Letter] = echo, refuse: Any = None
+) -> Message | None:
+    """Serve ``fleet``'s one order and return the reply as it arrived there."""
     seat = agent._Seat(fleet, b"key", stop=fleet.stop)  # type: ignore[arg-type]
-    agent._serve(seat, make_app(lambda letter: letter._replace(kind="reply")))
+    agent._serve(seat, answer, refuse)
     if fleet.reply is None:
         return None
     arrived = inflate_object_from_contents(fleet.reply.metadata.message_id, dict(fleet.stored))
@@ -222,6 +243,7 @@ def served(fleet: Fleet) -> Message | None:
 TROUBLES = {
     "none": {},
     "not admitted at once": {"ActivateNode": [status_error(412)]},
+    "gone before the run is known": {"GetRun": [httpx.ConnectError(""), status_error(404)]},
     "gone while the order is fetched": {"PullObject": [httpx.ConnectError("")]},
     "forgotten while the order is fetched": {"PullObject": [status_error(401)]},
     "gone before the push": {"PushMessages": [httpx.ConnectError(""), status_error(503)]},
@@ -243,6 +265,93 @@ def test_nothing_is_pushed_to_a_run_that_has_ended() -> None:
     fleet = Fleet(order_of(record_from(ORDER)), {"PullObject": [status_error(403)]})
     assert served(fleet) is None
     assert "PushMessages" not in fleet.calls
+
+
+REFUSAL = Letter("refusal", "{}", "k", "s")
+
+
+def refusing(reasons: list[str]) -> Callable[[str], Letter]:
+    return lambda why: reasons.append(why) or REFUSAL
+
+
+def test_an_order_of_a_run_of_another_bundle_is_refused_and_nothing_of_it_is_fetched() -> None:
+    fleet, given_, reasons = Fleet(order_of(record_from(ORDER)), bundle="ab" * 32), [], []
+    reply = served(fleet, lambda letter: given_.append(letter) or letter, refusing(reasons))
+    assert reply is not None
+    assert letter_from(reply.content) == REFUSAL
+    assert reasons == ["the bundle of its run is not the known one"]
+    assert given_ == []
+    assert "PullObject" not in fleet.calls
+
+
+def test_an_order_of_a_run_that_ended_before_its_bundle_was_known_is_dropped() -> None:
+    fleet = Fleet(order_of(record_from(ORDER)), {"GetRun": [status_error(403)]})
+    assert served(fleet) is None
+    assert not {"PullObject", "PushMessages"} & set(fleet.calls)
+
+
+@pytest.mark.parametrize(
+    ("content", "message_type"),
+    [(RecordDict(), "train"), (RecordDict(), "query.anything"), (record_from(ORDER), "evaluate")],
+)
+def test_an_order_that_cannot_be_read_is_refused_where_somebody_refuses(
+    content: RecordDict, message_type: str
+) -> None:
+    reasons: list[str] = []
+    reply = served(Fleet(order_of(content, message_type=message_type)), echo, refusing(reasons))
+    assert reply is not None
+    assert letter_from(reply.content) == REFUSAL
+    assert len(reasons) == 1
+
+
+def test_an_order_too_large_is_refused_where_somebody_refuses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(agent, "MAX_ORDER_BYTES", 100)
+    reasons: list[str] = []
+    reply = served(Fleet(order_of(record_from(ORDER))), echo, refusing(reasons))
+    assert reply is not None
+    assert letter_from(reply.content) == REFUSAL
+    assert reasons == ["it could not be read: DocumentError"]
+
+
+@pytest.mark.parametrize("status", [403, 503])
+def test_the_work_for_a_run_that_has_ended_is_ended_within_seconds(
+    status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent, "HEARTBEAT_S", 0.04)
+    fleet, cancelled, ended = Fleet(order_of(record_from(ORDER))), threading.Event(), []
+    seat = agent._Seat(
+        fleet,  # type: ignore[arg-type]
+        b"key",
+        stop=fleet.stop,
+        cancel=cancelled.set,
+    )
+    end = threading.Event()
+    heart = threading.Thread(target=seat.beat, args=(end,))
+
+    def work(letter: Letter) -> Letter:
+        fleet.troubles["GetRun"] = [status_error(status)]
+        ended.append(cancelled.wait(10 if status == 403 else 0.5))
+        return letter
+
+    heart.start()
+    agent._serve(seat, work)
+    end.set()
+    heart.join()
+    assert ended == [status == 403]
+
+
+def test_a_clock_that_is_set_changes_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    troubles: dict[str, list[Exception]] = {"PushMessages": [status_error(503)]}
+    fleet = Fleet(order_of(record_from(ORDER)), troubles)
+    real = time.time
+
+    def answer(letter: Letter) -> Letter:
+        monkeypatch.setattr(time, "time", lambda: real() + 1e6)
+        return echo(letter)
+
+    assert served(fleet, answer) is not None
 
 
 @pytest.mark.parametrize("message_type", ["train", "evaluate", "query.anything"])
@@ -273,6 +382,7 @@ def test_the_app_bundle_is_never_pulled() -> None:
     assert set(fleet.calls) == {
         "ActivateNode",
         "PullMessages",
+        "GetRun",
         "PullObject",
         "ConfirmMessageReceived",
         "PushMessages",
@@ -331,6 +441,7 @@ def test_only_loopback_is_kept_from_the_proxy(address: str, is_loopback: bool) -
                 "DeactivateNode",
                 "SendNodeHeartbeat",
                 "PullMessages",
+                "GetRun",
                 "PullObject",
                 "ConfirmMessageReceived",
                 "PushMessages",
@@ -355,6 +466,9 @@ def test_flower_still_has_what_the_agent_uses(function: Any, parameters: list[st
         (DeactivateNodeRequest, {"node_id"}),
         (SendNodeHeartbeatRequest, {"node", "heartbeat_interval"}),
         (PullMessagesRequest, {"node"}),
+        (GetRunRequest, {"node", "run_id"}),
+        (GetRunResponse, {"run"}),
+        (Run, {"fab_hash"}),
         (PullObjectRequest, {"node", "run_id", "object_id"}),
         (ConfirmMessageReceivedRequest, {"node", "run_id", "message_object_id"}),
         (

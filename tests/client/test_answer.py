@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,11 +22,21 @@ from hypothesis import strategies as st
 
 from client import config as configs
 from client import ledger, outbox, peers, studies, train
-from client.answer import NO_STUDY, Site, answer, device_of, introduce, open_site, rehearse
+from client.answer import NO_STUDY, Site, answer, introduce, open_site, rehearse
+from client.config import LimitSettings
 from client.masks import label_of
+from client.work import Bench, Cohort, Job, Outcome, Ready, device_of
 from shared_models import masking, nets
-from shared_models.contracts import Countersignature, Refusal, RoundOrder, SiteReply
-from shared_models.errors import ConsiliaError, DocumentError
+from shared_models import plan as plans
+from shared_models.contracts import (
+    Countersignature,
+    Evaluation,
+    Refusal,
+    RoundOrder,
+    SiteReply,
+)
+from shared_models.errors import ConsiliaError, DocumentError, MachineError
+from shared_models.journal import parse
 from shared_models.masking import GRID, LARGEST, masked, public_mask_key
 from shared_models.nets.base import weights_of
 from shared_models.plan import SignedPlan, StudyPlan, event_of
@@ -128,6 +141,12 @@ def rewrite(manifest: Path, change: Callable[[dict[str, str]], dict[str, str] | 
         writer.writerows(rows)
 
 
+def read_by(house: House) -> Ready:
+    """Return what the site read of its patients."""
+    assert isinstance(house.site.trainer, Bench)
+    return house.site.trainer.studies[digest(house.plan)]
+
+
 # --- orders that are answered
 
 
@@ -207,11 +226,11 @@ def test_the_same_order_gives_the_same_update_without_privacy(
 def test_an_update_is_what_training_added_to_the_weights_sent(house_of: Houses) -> None:
     house = house_of({"privacy": None}, {"allow_without_privacy": True})
     _, update = house.hear(house.letter(round_=1))
-    study, plan = house.site.studies[digest(house.plan)], house.plan
+    study, plan = read_by(house), house.plan
     net = nets.make(plan.net.name, plan.net.params, seed=1, num_outputs=2)
     train.train(
         net,
-        study.cohort["train"],
+        study.patients["train"],
         plan=plan,
         task=study.task,
         rounds=[1],
@@ -357,6 +376,129 @@ def test_the_ledger_outlives_the_agent(house_of: Houses) -> None:
     assert len(house_of({"privacy.epsilon": cost}).charged()) == 3
 
 
+def ends(job: Job, weights: Array | None) -> Any:
+    raise MachineError("the worker was ended: it took longer than its limit")
+
+
+@pytest.mark.parametrize("kind", ["train", "alone"])
+def test_training_that_was_ended_stays_charged_and_the_next_order_is_answered(
+    kind: str, house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench()
+    house.site.trainer = lambda job, weights: (ends if job.step == kind else bench)(job, weights)
+    assert refused(house.ask(kind)) == "failed"
+    assert len(house.charged()) == 1
+    assert "it took longer than its limit" in caplog.text
+    entries = parse((house.site.config.state_dir / "journal.jsonl").read_bytes())
+    assert [line.entry.kind for line in entries][-3:] == ["order", "reservation", "refusal"]
+    house.site.trainer = bench
+    assert isinstance(house.ask(kind), SiteReply)
+    assert len(house.charged()) == 2
+
+
+def test_a_worker_that_ends_before_training_costs_nothing(house: House) -> None:
+    bench = Bench()
+    for step in ("judge", "prepare"):
+        house.site.trainer = lambda job, weights, at=step: (ends if job.step == at else bench)(
+            job, weights
+        )
+        assert refused(house.ask()) == "failed"
+    assert house.charged() == []
+
+
+def changed_outcome(step: str, **changed: Any) -> Callable[..., Any]:
+    """Return a trainer that does the work and then changes what came of a step."""
+    bench = Bench()
+
+    def do(job: Job, weights: Array | None) -> tuple[Outcome, Array | None]:
+        outcome, update = bench(job, weights)
+        if job.step == step:
+            update = changed.get("update", update)
+            fields = {name: value for name, value in changed.items() if name != "update"}
+            return outcome.model_copy(update=fields), update
+        return outcome, update
+
+    return do
+
+
+SMUGGLED = "7731" * 12
+NUMBERS = {"num_patients": 12, "num_test_patients": 6, "num_test_images": 12, "is_mixed": False}
+HOSTILE = {
+    "other patients": {"cohort": Cohort.model_validate(NUMBERS | {"num_patients": 7731})},
+    "other test images": {"cohort": Cohort.model_validate(NUMBERS | {"num_test_images": 7731})},
+    "no patients": {"cohort": None},
+    "a loss": {"loss": 0.7731},
+    "no update": {"update": None},
+    "another update": {"update": np.zeros(7, np.float32)},
+    "an update not finite": {"update": np.float32("nan")},
+    "doubles": {"update": np.float64(0)},
+    "a metric that is large": {"evaluation": {"auc": 7731e300}},
+    "a count that is large": {"evaluation": {}, "num_images": int(SMUGGLED)},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_whatever_training_answers_nothing_hostile_leaves(name: str, house: House) -> None:
+    changes = dict(HOSTILE[name])
+    update = changes.get("update")
+    if isinstance(update, np.generic):
+        changes["update"] = np.full(house.weights.shape, update)
+    if "evaluation" in changes:
+        changes["evaluation"] = Evaluation(
+            metrics=changes["evaluation"],
+            num_patients=6,
+            num_images=changes.pop("num_images", 12),
+        )
+    house.site.trainer = changed_outcome("train", **changes)
+    letter = answer(house.letter(), house.site)
+    assert letter.kind == "refusal"
+    assert letter.buckets == ()
+    assert "7731" not in letter.document
+    assert house.charged() == [(0, "train", 2)]
+
+
+def test_metrics_that_spell_something_leave_rounded_and_by_the_sites_names_only(
+    house: House,
+) -> None:
+    pixels = 0.5 + int.from_bytes(b"MARK") * 2.0**-52
+    found = Evaluation(metrics={"auc": pixels, "marked_7731": 0.5}, num_patients=6, num_images=12)
+    house.site.trainer = changed_outcome("evaluate", evaluation=found)
+    reply = house.ask("evaluate")
+    assert isinstance(reply, SiteReply)
+    assert reply.evaluation is not None
+    assert reply.evaluation.metrics == {"auc": 0.5}
+
+
+def test_the_one_who_trains_is_told_of_the_site_only_where_its_images_are(house: House) -> None:
+    jobs: list[str] = []
+    bench = Bench()
+    house.site.trainer = lambda job, weights: (
+        jobs.append(job.model_dump_json()) or bench(job, weights)
+    )
+    assert isinstance(house.ask(), SiteReply)
+    config = house.site.config
+    assert len(jobs) == 3
+    assert all(str(config.data.root) in job for job in jobs)
+    for secret in (config.signing_key, config.link.node_key, config.state_dir):
+        assert not any(str(secret) in job for job in jobs)
+
+
+@pytest.mark.parametrize(("kind", "rounds"), [("train", 1), ("alone", 3), ("evaluate", 1)])
+def test_work_takes_no_longer_than_the_site_allows_nor_than_the_order_lasts(
+    kind: str, rounds: int, house_of: Houses
+) -> None:
+    for minutes, left, most in ((0.5, 3600, 30.0 * rounds), (600.0, 90, 90.0)):
+        house = house_of(limits=LimitSettings(max_minutes_per_round=minutes))
+        jobs: list[Job] = []
+        bench = Bench()
+        house.site.trainer = lambda job, weights, jobs=jobs, bench=bench: (
+            jobs.append(job) or bench(job, weights)
+        )
+        expires = datetime.now(UTC) + timedelta(seconds=left)
+        assert isinstance(house.ask(kind, 2 if minutes > 1 else 1, expires_at=expires), SiteReply)
+        assert most - 60 < jobs[-1].limit_s <= most
+
+
 # --- an order given again
 
 
@@ -379,7 +521,7 @@ def test_an_order_given_again_is_answered_with_the_same_bytes_for_nothing(
     first = answer(house.letter(kind, 1), house.site)
     assert first.kind == "reply"
     num_trainings, charged = len(trainings), house.charged()
-    later = {"issued_at": NOW + timedelta(hours=1), "expires_at": NOW + timedelta(hours=3)}
+    later = {"issued_at": NOW + timedelta(minutes=1), "expires_at": NOW + timedelta(hours=3)}
     for site in (house.site, house_of(*changes).site):  # the same agent, and one started anew
         assert answer(house.letter(kind, 1, **later), site) == first
         assert site.last_round == {(digest(house.plan), kind): 1}
@@ -569,10 +711,10 @@ def test_the_masked_update_is_what_training_added_times_the_patients(
         secure.house,
         nets.make("densenet", secure.house.plan.net.params, num_outputs=2, seed=1),
     )
-    study = house.site.studies[digest(house.plan)]
+    study = read_by(house)
     train.train(
         net,
-        study.cohort["train"],
+        study.patients["train"],
         plan=house.plan,
         task=study.task,
         rounds=[1],
@@ -595,7 +737,7 @@ def test_the_same_order_under_a_secure_plan_gives_the_same_bytes(
     secure = secure_of()
     first = secure.answer()
     assert first.kind == "reply"
-    later = {"issued_at": NOW + timedelta(hours=1), "expires_at": NOW + timedelta(hours=3)}
+    later = {"issued_at": NOW + timedelta(minutes=1), "expires_at": NOW + timedelta(hours=3)}
     assert secure.answer(**later) == first
     assert len(trainings) == 1
     assert attempts(secure.house) == [0]
@@ -874,6 +1016,72 @@ def test_an_earlier_round_than_the_last_answered_is_refused(kind: str, house: Ho
     assert house.charged() == charged
 
 
+@pytest.mark.parametrize("is_private", [True, False])
+@pytest.mark.parametrize("kind", ["train", "evaluate", "alone"])
+def test_an_earlier_round_is_refused_by_an_agent_started_anew_as_well(
+    kind: str, is_private: bool, house_of: Houses, trainings: list[Any]
+) -> None:
+    changes = {} if is_private else {"privacy": None}, {"allow_without_privacy": not is_private}
+    house = house_of(*changes)
+    assert isinstance(house.ask(kind, 2), SiteReply)
+    charged, num_trainings = house.charged(), len(trainings)
+    anew = Site(house.site.config, key=house.site.key)
+    assert refused(house._replace(site=anew).ask(kind, 1)) == "out-of-order"
+    assert anew.last_round[digest(house.plan), kind] == 2
+    assert (house.charged(), len(trainings)) == (charged, num_trainings)
+    assert isinstance(house._replace(site=anew).ask(kind, 2), SiteReply)
+
+
+def test_a_refused_round_is_not_taken_for_one_that_was_answered(house: House) -> None:
+    assert isinstance(house.ask("train", 0), SiteReply)
+    assert refused(house.ask("train", 99)) == "out-of-order"
+    anew = house._replace(site=Site(house.site.config, key=house.site.key))
+    assert isinstance(anew.ask("train", 1), SiteReply)
+
+
+@pytest.mark.parametrize(("ahead", "is_refused"), [(timedelta(minutes=4), False), (None, True)])
+def test_an_order_dated_ahead_of_the_clock_is_refused(
+    ahead: timedelta | None, is_refused: bool, house: House
+) -> None:
+    when = datetime.now(UTC) + (ahead or timedelta(minutes=6))
+    letter = house.letter(issued_at=when, expires_at=when + timedelta(hours=1))
+    if is_refused:
+        assert code_of(house, letter) == "bad-order"
+    else:
+        assert answer(letter, house.site).kind == "reply"
+
+
+def test_a_plan_changed_where_it_is_kept_is_no_longer_approved(
+    house: House, plan_of, coordinator_key: Ed25519PrivateKey
+) -> None:
+    folder = house.site.config.state_dir / "studies" / digest(house.plan)
+    file, other = folder / "plan.toml", plan_of({"training.num_rounds": 2})
+    signed = file.read_text()
+    forged = [
+        plans.render(other, sign(other, key=coordinator_key)),  # its own signature holds
+        plans.render(other, sign(house.plan, key=coordinator_key)),
+        plans.render(house.plan, sign(house.plan, key=house.site.key)),
+        plans.render(house.plan, sign(house.plan, key=Ed25519PrivateKey.generate())),
+        signed.partition("[signature]")[0],
+        signed.replace("num_rounds = 3", "num_rounds = 2"),
+        "",
+    ]
+    for text in forged:
+        assert text != signed
+        file.write_text(text)
+        assert code_of(house, house.letter()) == "not-approved"
+    file.write_text(signed)
+    assert isinstance(house.ask(), SiteReply)
+
+
+def test_an_approval_of_another_plan_approves_nothing(house_of: Houses) -> None:
+    house, other = house_of(), house_of({"training.num_rounds": 2})
+    folder = house.site.config.state_dir / "studies"
+    approval = (folder / digest(other.plan) / "approval.json").read_bytes()
+    (folder / digest(house.plan) / "approval.json").write_bytes(approval)
+    assert code_of(house, house.letter()) == "not-approved"
+
+
 @pytest.mark.parametrize(("kind", "last"), [("train", 2), ("evaluate", 3), ("alone", 3)])
 def test_more_rounds_than_planned_are_refused(kind: str, last: int, house: House) -> None:
     assert code_of(house, house.letter(kind, last + 1)) == "out-of-order"
@@ -1084,8 +1292,7 @@ def test_a_patient_left_out_for_a_non_finite_gradient_is_told_to_the_log_only(
     house: House, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert isinstance(house.ask("evaluate"), SiteReply)  # reads the images
-    study = house.site.studies[digest(house.plan)]
-    study.cohort["train"][0].images[:] = np.nan
+    read_by(house).patients["train"][0].images[:] = np.nan
     letters = [answer(house.letter("alone"), house.site)]
     assert letters[0].kind == "reply"
     assert "not finite, left out" in caplog.text
@@ -1105,9 +1312,36 @@ def test_the_journal_holds_nothing_of_a_patient(house: House, mark: str) -> None
 
 
 def test_an_opened_site_answers_as_its_site_toml_says(house: House, hospital) -> None:
-    answering = open_site(hospital.config_file)
-    reply, _ = unseal(answering(house.letter()), key=public_key(hospital.key))
+    with open_site(hospital.config_file) as desk:
+        reply, _ = unseal(desk.answer(house.letter()), key=public_key(hospital.key))
     assert isinstance(reply, SiteReply)
+
+
+AGENT = """
+import base64, json, sys
+from pathlib import Path
+from client import agent
+from client.answer import open_site
+from shared_models.wire import Letter
+*texts, bucket = json.loads(sys.stdin.read())
+with open_site(Path(sys.argv[1])) as desk:
+    said = desk.answer(Letter(*texts, (base64.b64decode(bucket),)))
+libraries = {name.partition(".")[0] for name in sys.modules}
+print(said.kind, *sorted({"torch", "monai", "opacus", "PIL", "pydicom"} & libraries))
+"""
+
+
+def test_who_holds_the_keys_imports_nothing_that_reads_or_trains(house: House, hospital) -> None:
+    letter = house.letter()
+    told = json.dumps([*letter[:4], base64.b64encode(letter.buckets[0]).decode()])
+    done = subprocess.run(
+        [sys.executable, "-c", AGENT, str(hospital.config_file)],
+        input=told,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.split() == ["reply"], done.stderr
 
 
 def test_an_opened_site_has_put_its_ledger_right(house: House, hospital) -> None:
@@ -1115,15 +1349,19 @@ def test_an_opened_site_has_put_its_ledger_right(house: House, hospital) -> None
     file = house.site.config.state_dir / ledger.FILE
     with file.open("ab") as handle:
         handle.write(b'{"kind":"reserv')
-    open_site(hospital.config_file)
+    with open_site(hospital.config_file):
+        pass
     assert len(house.charged()) == 1
     assert file.with_name(ledger.TORN).read_bytes() == b'{"kind":"reserv\n'
 
 
 def test_a_site_without_its_key_cannot_be_opened(hospital) -> None:
     (hospital.folder / "keys" / "signing.pem").unlink()
-    with pytest.raises(DocumentError, match="cannot read the signing key"):
-        open_site(hospital.config_file)
+    with (
+        pytest.raises(DocumentError, match="cannot read the signing key"),
+        open_site(hospital.config_file),
+    ):
+        pass
 
 
 @pytest.fixture
@@ -1170,5 +1408,5 @@ def test_a_site_that_objects_does_not_rehearse(
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
 def test_the_device_is_the_one_configured_or_the_one_there_is(device: str, site_of) -> None:
-    found = device_of(site_of({"performance.device": device}))
+    found = device_of(site_of({"performance.device": device}).performance)
     assert found in ("cpu", "cuda") if device == "auto" else found == device

@@ -85,7 +85,7 @@ def test_performance_may_be_left_out(data: dict[str, Any], tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("where", "sentence"),
     [
-        ((), "state_dirs: unknown key; known here: coordinator, data, link, name, performance"),
+        ((), "state_dirs: unknown key; known here: coordinator, data, limits, link, name, perfo"),
         (("link",), "link.state_dirs: unknown key; known here: address, node_key, root_cert"),
         (("data",), "data.state_dirs: unknown key; known here: manifest, root"),
         (("policy",), "policy.state_dirs: unknown key; known here: allow_without_privacy, coor"),

@@ -1,4 +1,4 @@
-"""Kill the site at every write it makes, before it and in the middle of it, and start it again.
+"""Kill the site at every write it makes, or let its disk be full from there on, and go on.
 
 A child process answers orders; training is a stub that notes that noise was drawn. Every write,
 flush, rename and truncation the child makes is counted, and the child ends itself at one of them as
@@ -7,6 +7,7 @@ flush, rename and truncation the child makes is counted, and the child ends itse
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import warnings
@@ -47,7 +48,7 @@ class House(NamedTuple):
     def start(self) -> Site:
         """Start the site's agent, as after a crash: it remembers only what is on disk."""
         site = Site(self.config, key=KEY)
-        site.studies[signing.digest(self.plan)] = Study(self.plan, None, {}, (("w", (3,)),))
+        site.studies[signing.digest(self.plan)] = Study(self.plan, (("w", (3,)),))
         ledger.repair(self.config.state_dir)
         return site
 
@@ -95,7 +96,7 @@ def note(config: SiteConfig, text: str) -> None:
 
 def obey(order: RoundOrder, weights: Any, study: Study, site: Site) -> Result:
     """Stand in for training: charge, note that noise was drawn, return an update of it."""
-    charge, privacy = answers._charge(order, study, site, rounds=1)
+    charge, privacy = answers._charge(order, study, site)
     note(site.config, f"trained {order.round_}")
     update = {"w": np.frombuffer(os.urandom(3), np.uint8).astype(np.float32)}
     return Result(12, 1.0, update=update, privacy=privacy, charge=charge)
@@ -151,7 +152,7 @@ class Ending:
             os._exit(KILLED)
         return do()
 
-    def install(self) -> None:
+    def install(self, put: Callable[[Any, str, Any], None] = setattr) -> None:
         """Count every change of the disk by this process from now on, which is not for long."""
         step = self.step
 
@@ -177,8 +178,28 @@ class Ending:
             return lambda *rest, **more: step(lambda: original(*rest, **more))
 
         for name in ("open", "fsync", "replace", "mkdir", "unlink", "truncate", "ftruncate"):
-            setattr(os, name, counted(name))
-        io.open = opened
+            put(os, name, counted(name))
+        put(io, "open", opened)
+
+
+class Full(Ending):
+    """A disk that has no space left from the ``at``-th change on.
+
+    In the middle of it: half of each write finds its place. Otherwise nothing can be changed.
+    """
+
+    num_failed = 0
+
+    def step(self, do: Callable[[], Any], half: Callable[[], Any] | None = None) -> Any:
+        if self.in_the_middle and half is None:
+            return do()
+        self.left -= 1
+        if self.left > 0:
+            return do()
+        self.num_failed += 1
+        if self.in_the_middle and half is not None:
+            half()
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def exit_code_of(act: Callable[[], Any], ending: Ending) -> int:
@@ -270,6 +291,32 @@ def test_a_process_killed_at_any_write_never_undercounts_and_comes_back(
             spend_the_rest(house, site, int(last))
         left = {file.name for file in (house.config.state_dir / outbox.FOLDER).iterdir()}
         assert left == {f"{signing.digest(house.plan)}.train"}
+
+
+@pytest.mark.parametrize("in_the_middle", [False, True], ids=["at once", "half written"])
+def test_a_disk_that_is_full_lets_nothing_leave_and_loses_nothing_and_the_site_goes_on(
+    in_the_middle: bool, new_house: Callable[[], House], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_refused = 0
+    for at in range(1, 200):
+        house = new_house()
+        site, disk = house.start(), Full(at, in_the_middle=in_the_middle)
+        with monkeypatch.context() as patch:
+            disk.install(patch.setattr)
+            said = [house.ask(round_, site) for round_ in range(2)]
+        assert disk.num_failed == 0 or said[1].kind == "refusal"
+        num_refused += sum(letter.kind == "refusal" for letter in said)
+        letters = [house.ask(1, site) for _ in range(2)]  # there is space again: the same agent
+        assert letters[0].kind == "reply"
+        assert letters[0] == letters[1]
+        check(house)
+        check_journal(house)
+        anew = house.start()
+        assert house.ask(1, anew) == letters[0]
+        if disk.num_failed == 0:
+            break
+    assert at > 5
+    assert num_refused > 5
 
 
 def spend_the_rest(house: House, site: Site, round_: int) -> None:

@@ -253,6 +253,36 @@ def test_a_number_that_is_not_finite_never_leaves(where: str, value: float, pass
     assert is_refused(passes(sound(**changes[where]), plan={"privacy": None}))
 
 
+PIXELS = float(np.float64(0.5) + int.from_bytes(b"PIX") * 2.0**-50)
+
+
+def test_a_number_beside_the_update_leaves_with_four_decimals_at_most(passes: Passes) -> None:
+    found = Evaluation(
+        metrics={"auc": PIXELS}, intervals={"auc": (PIXELS, PIXELS)}, num_patients=6, num_images=9
+    )
+    result = sound(evaluation=found, train_loss=PIXELS, seconds=PIXELS, privacy=None)
+    reply, _ = passes(result, plan={"privacy": None})
+    assert reply.evaluation.metrics == {"auc": 0.5}
+    assert reply.evaluation.intervals == {"auc": (0.5, 0.5)}
+    assert (reply.train_loss, reply.seconds) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("value", [1e7, -1e7, 1e300])
+@pytest.mark.parametrize("where", ["train_loss", "seconds", "metric", "interval", "count"])
+def test_a_number_beside_the_update_leaves_only_as_large_as_a_measure_is(
+    where: str, value: float, passes: Passes
+) -> None:
+    found = Evaluation(
+        metrics={"auc": value if where == "metric" else 0.5},
+        intervals={"auc": (0.0, value if where == "interval" else 1.0)},
+        num_patients=6,
+        num_images=int(abs(value)) * 100 if where == "count" else 9,
+    )
+    others = {where: value} if where in ("train_loss", "seconds") else {}
+    result = sound(evaluation=found, privacy=None, **others)
+    assert is_refused(passes(result, plan={"privacy": None}))
+
+
 # --- privacy
 
 

@@ -127,7 +127,7 @@ class House:
 
 
 def obey(order: RoundOrder, weights: Any, study: Study, site: Site) -> Result:
-    charge, privacy = answers._charge(order, study, site, rounds=1)
+    charge, privacy = answers._charge(order, study, site)
     return Result(12, 1.0, update={"w": np.ones(3, np.float32)}, privacy=privacy, charge=charge)
 
 
@@ -144,7 +144,7 @@ def house(
     signed = SignedPlan(plan, signing.sign(plan, key=coordinator_key))
     studies.approve(signed, config, key=KEY, who="Dr. Reed")
     site = Site(config, key=KEY)
-    site.studies[signing.digest(plan)] = Study(plan, None, {}, (("w", (3,)),))
+    site.studies[signing.digest(plan)] = Study(plan, (("w", (3,)),))
     monkeypatch.setattr(answers, "_obey", obey)
     return House(site, plan, coordinator_key)
 

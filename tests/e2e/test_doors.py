@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.cli.build import build_fab_from_disk
 
 from client.agent import FleetLink, create_node_key, run
 from server.consortium import TlsFiles, certificates
@@ -96,15 +98,25 @@ def wait_until(condition: Callable[[], Any], *, seconds: float = 30.0) -> None:
         time.sleep(0.2)
 
 
+def asking_app(folder: Path) -> Path:
+    """Write a bundle that names the server app above."""
+    app_dir = thin_app(folder)
+    project = app_dir / "pyproject.toml"
+    project.write_text(project.read_text().replace("server.app:app", "asking:app"))
+    return app_dir
+
+
+def bundle_of(folder: Path) -> str:
+    """Return the digest of that bundle, for the agents to know."""
+    return hashlib.sha256(build_fab_from_disk(asking_app(folder))).hexdigest()
+
+
 def asked(
     link: SuperLink, folder: Path, *, keys: dict[str, str], asks: list[tuple[str, int, float]]
 ) -> int:
     folder.mkdir()
     (folder / "asks.json").write_text(json.dumps({"keys": keys, "asks": asks}))
-    app_dir = thin_app(folder / "bundle")
-    project = app_dir / "pyproject.toml"
-    project.write_text(project.read_text().replace("server.app:app", "asking:app"))
-    return link.submit(app_dir, {"run-dir": str(folder)})
+    return link.submit(asking_app(folder / "bundle"), {"run-dir": str(folder)})
 
 
 def rounds_of(link: SuperLink, folder: Path, *, run_id: int) -> list[Any]:
@@ -153,7 +165,7 @@ def test_letters_travel_and_a_stranger_gets_none(
 
     answers = {"north": echo, "south": south}
     answers["stranger"] = lambda letter: heard_by_stranger.append(letter) or letter
-    log_file = tmp_path / "superlink.log"
+    log_file, bundle = tmp_path / "superlink.log", bundle_of(tmp_path / "bundle")
     times = [time.monotonic()]
     with (
         superlink(tmp_path, tls=tls, port=free_port(), log_file=log_file) as link,
@@ -163,7 +175,7 @@ def test_letters_travel_and_a_stranger_gets_none(
         ids = {site: link.register(line, site) for site, line in keys.items()}
         assert {site: link.register(line, site) for site, line in keys.items()} == ids
         for name, answer in answers.items():
-            place = FleetLink(link.address, tls.authority, tmp_path / name)
+            place = FleetLink(link.address, tls.authority, tmp_path / name, bundle)
             agents.enter_context(agent(place, answer, stop=leaving if name == "south" else None))
         asks = [("empty", 0, 20.0), ("empty", 0, 20.0), ("full", 6_000_000, 20.0)]
         asks += [("error", 0, 20.0), ("late", 0, 1.0), ("bye", 0, 20.0), ("gone", 0, 1.0)]
@@ -189,10 +201,11 @@ def test_agents_outlive_a_killed_superlink_and_no_process_is_left(
     tmp_path: Path, keys: dict[str, str], tls: TlsFiles
 ) -> None:
     port, log_file = free_port(), tmp_path / "superlink.log"
+    bundle = bundle_of(tmp_path / "bundle")
     missing = keys | {"west": create_node_key(tmp_path / "west")}
     with ExitStack() as agents:
         for site in SITES:
-            place = FleetLink(f"127.0.0.1:{port}", tls.authority, tmp_path / site)
+            place = FleetLink(f"127.0.0.1:{port}", tls.authority, tmp_path / site, bundle)
             agents.enter_context(agent(place, echo))
         with superlink(tmp_path, tls=tls, port=port, log_file=log_file) as link:
             for site, line in keys.items():
