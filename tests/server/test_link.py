@@ -7,6 +7,7 @@ import socket
 import ssl
 import stat
 import subprocess
+import threading
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from flwr.proto.control_pb2 import (
     RegisterNodeRequest,
     StartRunRequest,
     StopRunRequest,
+    UnregisterNodeRequest,
 )
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
@@ -43,6 +45,7 @@ from flwr.superlink.grid.http_grid import HttpGrid
 from server import app, link
 from server.consortium import TlsFiles, certificates
 from shared_models.errors import DocumentError, MachineError
+from shared_models.files import locked
 
 
 @pytest.fixture
@@ -129,13 +132,60 @@ def test_a_superlink_that_does_not_start_says_why(tmp_path: Path, tls: TlsFiles)
         pytest.fail("it started")
 
 
+def test_a_certificate_that_the_coordinators_own_processes_would_not_believe_is_refused(
+    tmp_path: Path, tls: TlsFiles
+) -> None:
+    elsewhere = certificates(tmp_path / "tls", hosts=["coordinator.example.org"])
+    with pytest.raises(MachineError, match=r"does not name 127\.0\.0\.1; issue it anew"):
+        link._refuse_certificate(elsewhere.certificate)
+    with pytest.raises(DocumentError, match="cannot read the certificate"):
+        link._refuse_certificate(elsewhere.key)
+
+
+def test_two_coordinators_do_not_run_one_folder_at_once(tmp_path: Path, tls: TlsFiles) -> None:
+    with (
+        locked(tmp_path / link.LOCK, refusal="held"),
+        pytest.raises(MachineError, match=rf"another coordinator .*stop it .*{os.getpid()}"),
+        link.superlink(tmp_path, tls=tls, port=link.free_port(), log_file=tmp_path / "log"),
+    ):
+        pytest.fail("it started")
+
+
+def test_what_an_earlier_coordinator_left_running_is_ended_first(
+    tmp_path: Path, tls: TlsFiles
+) -> None:
+    """It was killed, so nothing but the mark tells whose this process is."""
+    broken = tls._replace(certificate=tls.key)
+    environment = os.environ | {link.MARK: link._mark_of(tmp_path)}
+    with subprocess.Popen(["sleep", "60"], env=environment, start_new_session=True) as left:
+        reaper = threading.Thread(target=left.wait)
+        reaper.start()
+        wait_for_mark(tmp_path)
+        with (
+            pytest.raises(DocumentError, match="certificate"),
+            link.superlink(tmp_path, tls=broken, port=link.free_port(), log_file=tmp_path / "log"),
+        ):
+            pytest.fail("it started")
+        reaper.join(10)
+        assert left.returncode is not None
+
+
+def wait_for_mark(folder: Path) -> None:
+    until = time.monotonic() + 10
+    while not link._marked(link._mark_of(folder)):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def test_flower_stays_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "example.org")
+    monkeypatch.setenv("FLWR_INTERNAL_GRPC_CONTROL_API", "1")
     environment = link._environment(tmp_path)
     assert environment["FLWR_TELEMETRY_ENABLED"] == "0"
     assert environment["FLWR_DISABLE_UPDATE_CHECK"] == "1"
     assert environment["no_proxy"] == environment["NO_PROXY"] == "example.org,127.0.0.1,localhost"
     assert environment["FLWR_HOME"] == str(tmp_path)
+    assert "FLWR_INTERNAL_GRPC_CONTROL_API" not in environment
 
 
 @pytest.mark.parametrize("line", ["", "nonsense", "ssh-ed25519 AAAA"])
@@ -226,7 +276,14 @@ def test_processes_are_found_by_their_mark() -> None:
         (public_key_to_bytes, ["public_key"]),
         *[
             (getattr(ControlHttpClient, name), ["self", "request"])
-            for name in ("RegisterNode", "ListNodes", "StartRun", "ListRuns", "StopRun")
+            for name in (
+                "RegisterNode",
+                "UnregisterNode",
+                "ListNodes",
+                "StartRun",
+                "ListRuns",
+                "StopRun",
+            )
         ],
         (iterate_object_tree, ["tree"]),
         (make_pull_object_fn_protobuf, ["pull_object_protobuf", "node", "run_id"]),
@@ -258,6 +315,7 @@ def test_flower_still_has_what_the_coordinator_uses(function: Any, parameters: l
     ("request_type", "fields"),
     [
         (RegisterNodeRequest, {"public_key", "name"}),
+        (UnregisterNodeRequest, {"node_id"}),
         (StartRunRequest, {"fab", "override_config"}),
         (ListRunsRequest, {"run_id"}),
         (StopRunRequest, {"run_id"}),
