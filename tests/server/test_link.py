@@ -10,16 +10,14 @@ import subprocess
 import threading
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.asymmetric import ed25519
 from flwr.cli.build import build_fab_from_disk
 from flwr.common.serde import fab_to_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
@@ -30,7 +28,7 @@ from flwr.proto.control_pb2 import (
     UnregisterNodeRequest,
 )
 from flwr.proto.node_pb2 import NodeInfo
-from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
@@ -42,7 +40,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from server import app, link
+from server import link
 from server.consortium import TlsFiles, certificates
 from shared_models.errors import DocumentError, MachineError
 from shared_models.files import locked
@@ -201,59 +199,6 @@ def test_an_ed25519_key_is_not_registered() -> None:
         link._pem(line.decode())
 
 
-def node(node_id: int, *, online_until: float = 0.0) -> NodeInfo:
-    public = ec.generate_private_key(ec.SECP384R1()).public_key()
-    return NodeInfo(
-        node_id=node_id, public_key=public_key_to_bytes(public), online_until=online_until
-    )
-
-
-def test_nodes_are_found_by_the_line_that_enrolled_them() -> None:
-    info = node(5)
-    grid: Any = SimpleNamespace(get_nodes=lambda: [info])
-    (line,) = app.nodes_by_key(grid)
-    assert app.nodes_by_key(grid) == {line: 5}
-    assert link._pem(line + " a comment") == info.public_key
-
-
-class Grid:
-    """Flower's grid with nodes that are online as ``online`` says, and no reply ever."""
-
-    def __init__(self, online: Sequence[bool]) -> None:
-        self.online: Iterator[bool] = iter(online)
-        self.pulled: list[bool] = []
-        self._runtime_client = SimpleNamespace(PullMessages=self._pull)
-
-    def get_nodes(self) -> list[NodeInfo]:
-        self.is_online = next(self.online)
-        return [node(5, online_until=time.time())] if self.is_online else []
-
-    def _pull(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:
-        assert list(request.message_ids) == ["id"]
-        self.pulled.append(self.is_online)
-        return PullAppMessagesResponse()
-
-
-def test_an_offline_site_is_not_asked_about_until_patience_ends() -> None:
-    grid: Any = Grid([False, False, False, False])
-    post = app._Post(grid, {"site": "id"}, nodes={"site": 5}, patience_s=0.2)
-    post.look(is_last=False)
-    assert (grid.pulled, set(post.waiting)) == ([], {"site"})
-    time.sleep(0.3)
-    post.look(is_last=False)
-    assert (grid.pulled, set(post.waiting)) == ([False], set())
-
-
-def test_the_last_look_asks_about_everybody() -> None:
-    grid: Any = Grid([False])
-    post = app._Post(grid, {"site": "id"}, nodes={"site": 5}, patience_s=60.0)
-    assert list(app._replies(post, ["other", "site"], until=0.0)) == [
-        ("other", None),
-        ("site", None),
-    ]
-    assert grid.pulled == [False]
-
-
 def test_processes_are_found_by_their_mark() -> None:
     environment = os.environ | {link.MARK: "this one"}
     with subprocess.Popen(["sleep", "30"], env=environment, start_new_session=True) as process:
@@ -320,7 +265,7 @@ def test_flower_still_has_what_the_coordinator_uses(function: Any, parameters: l
         (ListRunsRequest, {"run_id"}),
         (StopRunRequest, {"run_id"}),
         (PullAppMessagesRequest, {"message_ids"}),
-        (NodeInfo, {"node_id", "public_key", "online_until"}),
+        (NodeInfo, {"node_id", "public_key", "online_until", "last_activated_at"}),
     ],
 )
 def test_flower_still_asks_for_the_same_fields(request_type: Any, fields: set[str]) -> None:
