@@ -123,6 +123,14 @@ class SuperLink(NamedTuple):
     process: subprocess.Popen[bytes]
     client: ControlHttpClient
 
+    def check(self) -> None:
+        """Insist that the SuperLink answers.
+
+        Raises:
+            MachineError: if it does not.
+        """
+        self._asked(self.client.ListNodes, ListNodesRequest())
+
     def register(self, public_key_line: str, name: str) -> int:
         """Admit a site's node key (OpenSSH public line) and return its node id.
 
