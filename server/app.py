@@ -6,22 +6,31 @@ Flower starts this app in a process of its own for each run. It hands the run di
 Guarantees:
     At most one reply's weights are fetched at a time, and only when asked for.
     A site that errs, answers no letter or stays away costs the others nothing but the deadline.
+    A site that left and came back before the deadline is given its order again.
+    A reply that is larger than the order accounts for is not read to its end.
     What a site says about its own error is logged for debugging only.
 
 Design: Flower's ``send_and_receive`` polls every three seconds and holds every reply; its
 ``pull_messages`` waits seconds for a reply that is still being uploaded. The calls below them are
 used instead; ``tests/server/test_link.py`` fails when a new Flower renames one.
+
+Flower delivers a message once, so what a site had in hand when it was killed is lost. A letter is
+therefore sent for each time a site was activated while the round is open: sending it again is safe,
+because a site answers an order asked again with the same bytes, or does it and charges it as its
+next attempt. The first reply counts; another is never fetched and goes with the message's time.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from cryptography.hazmat.primitives import serialization
 from flwr.app import ArrayRecord, Context, Message, MessageType
+from flwr.common.constant import ErrorCode
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.serverapp import Grid, ServerApp
@@ -34,20 +43,39 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from server.rounds import Ask
+from server.rounds import Ask, Circle
 from shared_models.envelope import letter_from, record_from
 from shared_models.errors import DocumentError, MachineError
 from shared_models.wire import Letter
 
 CONNECT_S = 120.0
 POLL_S = 0.15
-PATIENCE_S = 30.0  # how long a site may be off the net before its round is given up
+ROLL_S = 1.0  # how often the SuperLink is asked who is there
+PULL_S = 2.0  # how long an upload may stand still before its site is looked for
+PATIENCE_S = 30.0  # how long a site may be off the net before the others go on without it
 LATE_S = 30.0  # for an upload that began before the deadline to be finished
 TTL_MARGIN_S = 300.0  # for the replies in time to be fetched one after the other
+SLACK_BYTES = 2**20  # of a reply, for its texts and Flower's own
+MOST_SENDS = 5  # of one order to one site: it costs the SuperLink memory each time
 
 log = logging.getLogger(__name__)
 
 app = ServerApp()
+
+#: Stands for what came and is no letter: the round loop will not believe it, and say so.
+UNREADABLE = Letter("reply", "", "", "")
+
+
+class _TooLargeError(Exception):
+    """A reply over its limit."""
+
+
+class Presence(NamedTuple):
+    """A site that is there: its node, since when without a break, and until when at least."""
+
+    node_id: int
+    activated_at: str
+    online_until: float
 
 
 @app.main()
@@ -57,179 +85,281 @@ def main(grid: Grid, context: Context) -> None:
 
     if not isinstance(grid, HttpGrid):
         raise MachineError(f"expected Flower's HTTP grid, got {type(grid).__name__}")
-    run(Path(str(context.run_config["run-dir"])), lambda keys: connect(grid, keys))
+    http_grid = grid
+
+    def reach(circle: Circle) -> Ask:
+        return connect(http_grid, circle.keys, expected=circle.expected, quorum=circle.quorum)
+
+    run(Path(str(context.run_config["run-dir"])), reach)
 
 
-def connect(grid: HttpGrid, keys: Mapping[str, str], *, wait_s: float = CONNECT_S) -> Ask:
+def connect(
+    grid: HttpGrid,
+    keys: Mapping[str, str],
+    *,
+    expected: Collection[str] | None = None,
+    quorum: int = 0,
+    wait_s: float = CONNECT_S,
+) -> Ask:
     """Wait for the sites (name to OpenSSH public key line) and return the way to ask them.
 
-    After ``wait_s`` it goes on with those that are there; the others may join in a later round.
+    Those ``expected``, or else all, are waited for; after ``wait_s`` it goes on with those that are
+    there, and the others may join in at any time. ``quorum`` is as for ``ask_over``.
     """
-    lines = {site: " ".join(line.split()[:2]) for site, line in keys.items()}
-    nodes: dict[str, int] = {}
+    roll = Roll(grid, keys)
+    wanted = set(keys if expected is None else expected)
     until = time.monotonic() + wait_s
-    while True:
-        _find(grid, lines, nodes=nodes)
-        if len(nodes) == len(lines) or time.monotonic() >= until:
-            break
+    while not wanted <= set(roll.call()) and time.monotonic() < until:
         time.sleep(POLL_S)
-    if missing := sorted(set(lines) - set(nodes)):
+    if missing := sorted(wanted - set(roll.call())):
         log.warning("not connected yet: %s", ", ".join(missing))
-
-    def ask(
-        letters: Mapping[str, Letter], deadline_s: float
-    ) -> Iterator[tuple[str, Letter | None]]:
-        if len(nodes) < len(lines):
-            _find(grid, lines, nodes=nodes)
-        return ask_over(grid, nodes=nodes)(letters, deadline_s)
-
-    return ask
+    return ask_over(grid, roll=roll, quorum=quorum)
 
 
-def nodes_by_key(grid: Grid) -> dict[str, int]:
-    """Return the node id of every site that is online, by its OpenSSH public key line."""
-    return {_line(node.public_key): node.node_id for node in grid.get_nodes()}
+class Roll:
+    """Which of the sites (name to OpenSSH public key line) are there, and when they last were."""
+
+    def __init__(self, grid: Grid, keys: Mapping[str, str]) -> None:
+        self.grid = grid
+        self.sites = {" ".join(line.split()[:2]): site for site, line in keys.items()}
+        self.seen = dict.fromkeys(keys, time.monotonic())
+        self.present: dict[str, Presence] = {}
+        self.called_at = float("-inf")
+
+    def call(self) -> dict[str, Presence]:
+        """Return the sites that are there; the SuperLink is asked once in ``ROLL_S`` at most."""
+        if time.monotonic() >= self.called_at + ROLL_S:
+            self.called_at = time.monotonic()
+            self.present = {
+                self.sites[line]: presence
+                for line, presence in nodes_by_key(self.grid).items()
+                if line in self.sites
+            }
+        now = time.time()
+        self.present = {s: found for s, found in self.present.items() if now < found.online_until}
+        self.seen |= dict.fromkeys(self.present, time.monotonic())
+        return self.present
+
+    def is_lost(self, site: str, *, patience_s: float) -> bool:
+        """Whether ``site`` has been away for longer than ``patience_s``, or has no key here."""
+        return time.monotonic() > self.seen.get(site, float("-inf")) + patience_s
 
 
-def ask_over(grid: HttpGrid, *, nodes: Mapping[str, int], patience_s: float = PATIENCE_S) -> Ask:
-    """Return a function that asks sites (name to node id) over Flower's grid.
+def nodes_by_key(grid: Grid) -> dict[str, Presence]:
+    """Return every node that is online, by its OpenSSH public key line."""
+    return {
+        _line(node.public_key): Presence(node.node_id, node.last_activated_at, node.online_until)
+        for node in grid.get_nodes()
+    }
 
-    A site that errs, answers no letter, misses the deadline, or is off the net for longer than
-    ``patience_s`` gives None.
+
+def ask_over(grid: HttpGrid, *, roll: Roll, quorum: int = 0, patience_s: float = PATIENCE_S) -> Ask:
+    """Return a function that asks sites over Flower's grid.
+
+    A site that errs or misses the deadline gives None. So does one that has been off the net for
+    longer than ``patience_s``, once ``quorum`` sites have answered and only such are waited for.
     """
 
     def ask(
         letters: Mapping[str, Letter], deadline_s: float
     ) -> Iterator[tuple[str, Letter | None]]:
-        sent = _send(grid, letters, nodes=nodes, ttl_s=deadline_s + TTL_MARGIN_S)
-        post = _Post(grid, sent, nodes=nodes, patience_s=patience_s)
-        return _replies(post, sorted(letters), until=time.monotonic() + deadline_s)
+        until = time.monotonic() + deadline_s
+        post = _Post(grid, letters, roll=roll, until=until, quorum=quorum, patience_s=patience_s)
+        return _replies(post, sorted(letters))
 
     return ask
 
 
 class _Post:
-    """The letters on their way: which replies have been announced, and who may still answer.
+    """The letters on their way: which are out, which replies are announced, who may still answer.
 
     The SuperLink drops a reply, even one it holds, when it is asked for it while its site is
     offline. So replies are claimed as soon as they are announced, in any order, and nothing is
-    asked about a site that is offline until it is back or patience ends.
+    asked about a site that is offline until it is back.
     """
 
     def __init__(
-        self, grid: HttpGrid, sent: dict[str, str], *, nodes: Mapping[str, int], patience_s: float
+        self,
+        grid: HttpGrid,
+        letters: Mapping[str, Letter],
+        *,
+        roll: Roll,
+        until: float,
+        quorum: int,
+        patience_s: float,
     ) -> None:
-        self.grid, self.nodes, self.patience_s = grid, nodes, patience_s
-        self.waiting = dict(sent)
+        self.grid, self.letters, self.roll = grid, letters, roll
+        self.until, self.quorum, self.patience_s = until, quorum, patience_s
+        self.waiting = set(letters)
+        self.sites: dict[str, str] = {}  # by the ids of the messages that went to them
+        self.sent: dict[str, list[str]] = {site: [] for site in letters}  # when to, by activation
         self.announced: dict[str, tuple[str, ObjectTree]] = {}
-        self.online_until = dict.fromkeys(sent, 0.0)
-        self.seen = dict.fromkeys(sent, time.time())
 
-    def look(self, *, is_last: bool) -> None:
-        """Claim what has been announced since the last look."""
-        self._call_the_roll()
-        now = time.time()
-        lost = {site for site in self.waiting if now > self.seen[site] + self.patience_s}
-        due = {
-            message_id: site
-            for site, message_id in self.waiting.items()
-            if is_last or site in lost or now < self.online_until[site]
-        }
-        if due:
-            request = PullAppMessagesRequest(message_ids=list(due))
-            response = self.grid._runtime_client.PullMessages(request)
-            for message, tree in zip(
-                response.messages_list, response.message_object_trees, strict=True
-            ):
-                if site := due.get(message.metadata.reply_to_message_id):
-                    self.announced[site] = (message.metadata.message_id, tree)
-                    del self.waiting[site]
-        for site in lost & set(self.waiting):
-            log.warning("site %s has left", site)
-            del self.waiting[site]
+    @property
+    def is_over(self) -> bool:
+        """Whether the deadline has passed."""
+        return time.monotonic() >= self.until
 
-    def fetch(self, site: str, *, seconds: float) -> Message | None:
-        """Fetch the reply of ``site``, which may still be uploading it."""
+    def look(self) -> None:
+        """Send what is to be sent, claim what has been announced, give up who has left."""
+        is_last = self.is_over
+        present = self.roll.call()
+        if not is_last:
+            self._send([site for site in sorted(self.waiting) if self._is_due(site)])
+        asked = [
+            i for i, s in self.sites.items() if s in self.waiting and (is_last or s in present)
+        ]
+        if asked:
+            self._claim(asked)
+        lost = {s for s in self.waiting if self.roll.is_lost(s, patience_s=self.patience_s)}
+        if lost == self.waiting and len(self.letters) - len(lost) >= self.quorum:
+            for site in sorted(lost):
+                log.warning("site %s has left", site)
+            self.waiting.clear()
+
+    def fetch(self, site: str) -> Letter | None:
+        """Fetch the announced reply of ``site``, which may still be uploading it.
+
+        None if it is not whole in time, or an error; ``site`` is waited for again if it has come
+        back since its order was sent, and may be given the order again.
+        """
         message_id, tree = self.announced.pop(site)
-        client, run_id = self.grid._runtime_client, self.grid.run.run_id
-        try:
-            contents = pull_objects(
-                [part.object_id for part in iterate_object_tree(tree)],
-                make_pull_object_fn_protobuf(client.PullObject, self.grid.node, run_id),
-                max_time=seconds,
-                max_tries_per_object=None,
-                initial_backoff=0.05,
-                backoff_cap=0.5,
-            )
-            reply = inflate_object_from_contents(message_id, contents)
-        except (ObjectPullError, ValueError, KeyError) as error:
-            log.warning("site %s: its reply is incomplete (%s)", site, type(error).__name__)
+        run_id = self.grid.run.run_id
+        contents = self._pulled(site, tree)
+        if contents is None:
             return None
-        client.ConfirmMessageReceived(
+        self.grid._runtime_client.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(
                 node=self.grid.node, run_id=run_id, message_object_id=message_id
             )
         )
-        return reply if isinstance(reply, Message) else None
-
-    def _call_the_roll(self) -> None:
-        now = time.time()
-        if any(now > self.online_until[site] for site in self.waiting):
-            until = {node.node_id: node.online_until for node in self.grid.get_nodes()}
-            for site in self.waiting:
-                self.online_until[site] = until.get(self.nodes[site], 0.0)
-        for site in self.waiting:
-            if now < self.online_until[site]:
-                self.seen[site] = now
-
-
-def _replies(post: _Post, sites: list[str], *, until: float) -> Iterator[tuple[str, Letter | None]]:
-    for site in sites:
-        while site in post.waiting:
-            is_last = time.monotonic() >= until
-            post.look(is_last=is_last)
-            if is_last:
-                break
-            if site in post.waiting:
-                time.sleep(POLL_S)
-        yield site, _read(post, site, seconds=max(until - time.monotonic(), 0.0) + LATE_S)
-
-
-def _read(post: _Post, site: str, *, seconds: float) -> Letter | None:
-    reply = post.fetch(site, seconds=seconds) if site in post.announced else None
-    if reply is None:
-        return None
-    if reply.has_error():
+        try:
+            reply = inflate_object_from_contents(message_id, contents)
+            if not isinstance(reply, Message):
+                raise DocumentError("expected a message")
+            if not reply.has_error():
+                return letter_from(reply.content)
+        except Exception as error:  # whatever a site may make of Flower's reader
+            log.warning("site %s did not answer a letter (%s)", site, type(error).__name__)
+            return UNREADABLE
         log.warning("site %s could not answer (code %d)", site, reply.error.code)
         log.debug("it said: %s", reply.error.reason)
         return None
-    try:
-        return letter_from(reply.content)
-    except DocumentError as error:
-        log.warning("site %s did not answer a letter: %s", site, error)
-        return None
+
+    def _pulled(self, site: str, tree: ObjectTree) -> dict[str, bytes] | None:
+        """Pull a reply's objects, keeping those that are there until the others are too.
+
+        A reply larger than twice its order (a masked number is twice a weight) is left as it is,
+        and reads as nothing.
+        """
+        client, run_id = self.grid._runtime_client, self.grid.run.run_id
+        pull = make_pull_object_fn_protobuf(client.PullObject, self.grid.node, run_id)
+        most = 2 * self.letters[site].size_bytes + SLACK_BYTES
+        kept: dict[str, bytes] = {}
+        sizes = list[int]()
+
+        def pulled(object_id: str) -> bytes:  # by several threads at once
+            if object_id not in kept:
+                content = pull(object_id)
+                sizes.append(len(content))
+                kept[object_id] = content
+            if sum(sizes) > most:
+                raise _TooLargeError
+            return kept[object_id]
+
+        while True:
+            tried_at = time.monotonic()
+            try:
+                return pull_objects(
+                    [part.object_id for part in iterate_object_tree(tree)],
+                    pulled,
+                    max_time=PULL_S,
+                    max_tries_per_object=None,
+                    initial_backoff=0.05,
+                    backoff_cap=0.5,
+                )
+            except _TooLargeError:
+                log.warning("site %s: its reply has more than %d bytes", site, most)
+                return {}
+            except ObjectPullError:
+                self.roll.call()
+                if self._is_due(site) and not self.is_over:
+                    self.waiting.add(site)
+                    return None
+                is_gone = time.monotonic() < tried_at + PULL_S  # or it would have been tried longer
+                is_lost = self.roll.is_lost(site, patience_s=self.patience_s)
+                if is_gone or is_lost or time.monotonic() >= self.until + LATE_S:
+                    log.warning("site %s: its reply is incomplete", site)
+                    return None
+
+    def _is_due(self, site: str) -> bool:
+        """Whether ``site`` is there and has not been sent its order since it came."""
+        found, sent = self.roll.present.get(site), self.sent[site]
+        return found is not None and found.activated_at not in sent and len(sent) < MOST_SENDS
+
+    def _send(self, due: list[str]) -> None:
+        ttl_s = self.until - time.monotonic() + TTL_MARGIN_S
+        nodes = {site: self.roll.present[site].node_id for site in due}
+        letters = {site: self.letters[site] for site in due}
+        for site, message_id in _pushed(self.grid, letters, nodes=nodes, ttl_s=ttl_s).items():
+            if self.sent[site]:
+                log.warning("site %s was away; it is given its order again", site)
+            self.sent[site].append(self.roll.present[site].activated_at)
+            self.sites[message_id] = site
+
+    def _claim(self, message_ids: list[str]) -> None:
+        response = self.grid._runtime_client.PullMessages(
+            PullAppMessagesRequest(message_ids=message_ids)
+        )
+        for message, tree in zip(
+            response.messages_list, response.message_object_trees, strict=True
+        ):
+            site = self.sites.pop(message.metadata.reply_to_message_id, None)
+            if site is None or site not in self.waiting:
+                continue
+            if message.HasField("error") and message.error.code == ErrorCode.NODE_UNAVAILABLE:
+                # the SuperLink's own words for a site that has just left; the order is dropped
+                self.sent[site] = [""] * len(self.sent[site])
+                self.roll.present.pop(site, None)
+                continue
+            self.announced[site] = (message.metadata.message_id, tree)
+            self.waiting.discard(site)
 
 
-def _send(
+def _replies(post: _Post, sites: list[str]) -> Iterator[tuple[str, Letter | None]]:
+    for site in sites:
+        reply: Letter | None = None
+        while reply is None:
+            while site in post.waiting:
+                is_last = post.is_over
+                post.look()
+                if is_last:
+                    post.waiting.discard(site)
+                elif site in post.waiting:
+                    time.sleep(POLL_S)
+            if site not in post.announced:
+                break
+            reply = post.fetch(site)
+            if site not in post.waiting:
+                break
+        yield site, reply
+        del reply
+
+
+def _pushed(
     grid: Grid, letters: Mapping[str, Letter], *, nodes: Mapping[str, int], ttl_s: float
 ) -> dict[str, str]:
     """Push the letters and return the message id by site; equal buckets are pushed once."""
-    known = sorted(site for site in letters if site in nodes)
     weights: dict[tuple[bytes, ...], ArrayRecord] = {}
     messages = []
-    for site in known:
-        content = record_from(letters[site])
+    for site, letter in letters.items():
+        content = record_from(letter)
         if "weights" in content:
             record = content.array_records["weights"]
-            content["weights"] = weights.setdefault(letters[site].buckets, record)
+            content["weights"] = weights.setdefault(letter.buckets, record)
         messages.append(Message(content, nodes[site], MessageType.TRAIN, ttl=ttl_s))
     ids = list(grid.push_messages(messages)) if messages else []
-    return {site: sent for site, sent in zip(known, ids, strict=True) if sent}
-
-
-def _find(grid: Grid, lines: Mapping[str, str], *, nodes: dict[str, int]) -> None:
-    present = nodes_by_key(grid)
-    nodes.update({site: present[line] for site, line in lines.items() if line in present})
+    return {site: sent for site, sent in zip(letters, ids, strict=True) if sent}
 
 
 def _line(pem: bytes) -> str:

@@ -12,13 +12,15 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from server import link, recipes, report, start, store
+from server.conduct import Place, conduct
 from server.consortium import TlsFiles, certificates
 from server.hospitals import DataSet, adopt, join, write_manifests
 from shared_models import phantoms
@@ -30,7 +32,6 @@ from shared_models.signing import create_key, public_key, sign
 
 NEEDED_BYTES = 300 * 2**20
 STOP_S = 8.0
-POLL_S = 0.2
 PHANTOM_NOTE = "The images are phantoms made for this demonstration; no patient is behind them."
 ONE_MACHINE_NOTE = (
     "Demonstration: all hospitals ran as processes on one machine, and the coordinator saw the "
@@ -186,20 +187,25 @@ def _conduct(out: Path, office: Office, progress: Progress, stack: ExitStack) ->
     if office.plan.rounds.secure_aggregation:
         _introduce(office.site_dirs, office.identities)
     approvals = _start_approvals(out, office.site_dirs)
-    log_file = office.folder / "superlink.log"
-    superlink = stack.enter_context(
-        link.superlink(
-            office.folder / "superlink", tls=office.tls, port=office.port, log_file=log_file
-        )
+    place = Place(office.folder, office.tls, "127.0.0.1", office.port)
+    keys = {site: identity["node"] for site, identity in office.identities.items()}
+    wanted, agents = list[Path](), dict[str, subprocess.Popen[bytes]]()
+    conducted = conduct(
+        place, studies=lambda: wanted, enrolled=lambda: keys, stop=threading.Event()
     )
-    for site, identity in office.identities.items():
-        superlink.register(identity["node"], site)
-    _collect_approvals(out, approvals)
-    agents = stack.enter_context(_agents(office.site_dirs))
-    progress.stage("federated rounds", total=office.plan.training.num_rounds)
-    run_dir = {"run-dir": str(out.resolve())}
-    run_id = superlink.submit(link.thin_app(office.folder / "app"), run_dir)
-    _watch(out, office.plan, superlink, run_id, agents, progress)
+    for news in stack.enter_context(closing(conducted)):
+        if news.kind == "up" and not wanted:
+            _collect_approvals(out, approvals)
+            agents = stack.enter_context(_agents(office.site_dirs))
+            progress.stage("federated rounds", total=office.plan.training.num_rounds)
+            wanted.append(out)
+        elif news.kind == "round":
+            _show(store.read_rounds(out), office.plan, progress)
+        elif news.kind == "done":
+            return
+        elif news.kind == "failed":
+            raise RunError(news.text)
+        _insist(agents, out)
 
 
 def _init_sites(
@@ -280,42 +286,15 @@ def _collect_approvals(out: Path, approvals: Mapping[str, subprocess.Popen[str]]
         (out / "approvals" / f"{site}.json").write_text(_finished(process, site), encoding="utf-8")
 
 
-def _watch(
-    out: Path,
-    plan: StudyPlan,
-    superlink: link.SuperLink,
-    run_id: int,
-    agents: Mapping[str, subprocess.Popen[bytes]],
-    progress: Progress,
-) -> None:
-    """Follow the run by its directory until it ends.
+def _insist(agents: Mapping[str, subprocess.Popen[bytes]], out: Path) -> None:
+    """Insist that every hospital's agent is running.
 
     Raises:
-        RunError: if it failed, or a process it needs is gone.
+        RunError: if one has ended.
     """
-    shown, asked = 0, time.monotonic()
-    while not (out / "report.html").exists():
-        records = store.read_rounds(out)
-        if len(records) > shown:
-            shown = len(records)
-            _show(records, plan, progress)
-        if (out / "failed.txt").exists():
-            raise RunError((out / "failed.txt").read_text(encoding="utf-8").splitlines())
-        for site, process in agents.items():
-            if process.poll() is not None:
-                raise RunError(
-                    f"the agent of {site} ended; see {out / 'sites' / site / 'agent.log'}"
-                )
-        if time.monotonic() - asked > 5:
-            asked = time.monotonic()
-            state = superlink.status(run_id)
-            if state.is_finished and not (out / "report.html").exists():
-                time.sleep(1)
-                if not (out / "report.html").exists() and not (out / "failed.txt").exists():
-                    raise RunError(
-                        f"Flower ended the run without a report; see {out / 'coordinator'}"
-                    )
-        time.sleep(POLL_S)
+    for site, process in agents.items():
+        if process.poll() is not None:
+            raise RunError(f"the agent of {site} ended; see {out / 'sites' / site / 'agent.log'}")
 
 
 def _show(records: Sequence[RoundRecord], plan: StudyPlan, progress: Progress) -> None:

@@ -1,15 +1,17 @@
-"""A door: starts and watches a stock ``flower-superlink`` and speaks its control interface.
+"""A door: starts and watches a SuperLink (``server/fleet.py``) and speaks its control interface.
 
-The SuperLink listens on the loopback interface only: its control interface knows no passwords, so
-whoever reaches the port may submit runs. Hospitals on other machines need a gate in front of it
-that passes ``/v1/fleet/`` and nothing else; there is none yet, so they cannot reach it.
+Hospitals reach its public port, which answers Flower's fleet paths and nothing else. The control
+interface, which knows no passwords, listens on another port, of the loopback interface only.
 
 Guarantees:
     When ``superlink`` is left, no process that it or its SuperLink started is left.
+    What an earlier one that was killed has left running is ended before the next starts.
+    Two coordinators do not run one SuperLink's folder at once.
 
 Design: Flower's own commands cost more than a second each, so enrolment and submission use the
-client class behind them. Flower's private modules are used here, in ``server/app.py`` and in
-``client/agent.py`` only; ``tests/server/test_link.py`` fails when a new Flower renames one.
+client class behind them. Flower's private modules are used here, in ``server/fleet.py``,
+``server/app.py`` and ``client/agent.py`` only; ``tests/server/test_link.py`` fails when a new
+Flower renames one.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import signal
 import socket
 import ssl
@@ -27,10 +28,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import httpx
+from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -42,14 +46,17 @@ from flwr.proto.control_pb2 import (
     RegisterNodeRequest,
     StartRunRequest,
     StopRunRequest,
+    UnregisterNodeRequest,
 )
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from server.consortium import TlsFiles
+from server.fleet import UNWANTED
 from shared_models.envelope import BUNDLE_FILES
 from shared_models.errors import DocumentError, MachineError, RunError
+from shared_models.files import locked
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
@@ -57,7 +64,9 @@ Result = TypeVar("Result")
 START_S = 60.0
 STOP_S = 5.0
 POLL_S = 0.1
-MARK = "CONSILIA_SUPERLINK"  # in the environment of everything a SuperLink starts
+MARK = "CONSILIA_SUPERLINK"  # in the environment of everything a SuperLink starts: whose it is
+LOCK = "superlink.lock"
+LOOPBACK = ip_address("127.0.0.1")
 
 log = logging.getLogger(__name__)
 
@@ -81,13 +90,25 @@ class RunState(NamedTuple):
 
 
 class SuperLink(NamedTuple):
-    """A running SuperLink; ``flwr_home`` holds the configuration that Flower's commands read."""
+    """A running SuperLink: where hospitals reach it, and where on this machine its control is.
+
+    ``flwr_home`` holds the configuration that Flower's commands read.
+    """
 
     address: str
+    control: str
     flwr_home: Path
     log_file: Path
     process: subprocess.Popen[bytes]
     client: ControlHttpClient
+
+    def check(self) -> None:
+        """Insist that the SuperLink answers.
+
+        Raises:
+            MachineError: if it does not.
+        """
+        self._asked(self.client.ListNodes, ListNodesRequest())
 
     def register(self, public_key_line: str, name: str) -> int:
         """Admit a site's node key (OpenSSH public line) and return its node id.
@@ -105,6 +126,19 @@ class SuperLink(NamedTuple):
             return known[0]
         request = RegisterNodeRequest(public_key=key, name=name)
         return self._call(self.client.RegisterNode, request).node_id
+
+    def unregister(self, node_id: int) -> None:
+        """Admit a site no longer: what it asks is refused from now on.
+
+        Its key cannot be registered again until the SuperLink is started anew.
+
+        Raises:
+            MachineError: if the SuperLink has died.
+        """
+        try:
+            self._call(self.client.UnregisterNode, UnregisterNodeRequest(node_id=node_id))
+        except RunError as error:  # Flower stumbles over a node that never came, once it is removed
+            log.debug("node %d was not unregistered: %s", node_id, error)
 
     def submit(self, app_dir: Path, run_config: Mapping[str, str | int | float | bool]) -> int:
         """Start a run of the app in ``app_dir`` and return its id.
@@ -176,21 +210,37 @@ def thin_app(folder: Path) -> Path:
 
 
 @contextmanager
-def superlink(folder: Path, *, tls: TlsFiles, port: int, log_file: Path) -> Iterator[SuperLink]:
-    """Run a SuperLink on ``127.0.0.1:port``; at exit nothing it started is left.
+def superlink(
+    folder: Path, *, tls: TlsFiles, port: int, log_file: Path, host: str = "127.0.0.1"
+) -> Iterator[SuperLink]:
+    """Run a SuperLink for hospitals on ``host:port``; at exit nothing it started is left.
 
     Raises:
-        MachineError: if the port is taken, or the SuperLink ends before it answers.
+        MachineError: if the port is taken, another coordinator uses ``folder``, the certificate
+            does not serve, or the SuperLink ends before it answers.
     """
-    _refuse_taken(port)
     home = folder / "flwr"
     home.mkdir(parents=True, exist_ok=True)
-    address = f"127.0.0.1:{port}"
-    (home / "config.toml").write_text(_connection(address, tls.authority))
-    mark = secrets.token_hex(16)
+    refusal = f"another coordinator runs in {folder}; stop it first"
+    with locked(folder / LOCK, refusal=refusal):
+        mark = _mark_of(folder)
+        _end_marked(mark)
+        _refuse_certificate(tls.certificate)
+        _refuse_taken(host, port)
+        with _started(home, mark=mark, tls=tls, host=host, port=port, log_file=log_file) as link:
+            yield link
+
+
+@contextmanager
+def _started(
+    home: Path, *, mark: str, tls: TlsFiles, host: str, port: int, log_file: Path
+) -> Iterator[SuperLink]:
+    control_port = free_port()
+    control = f"127.0.0.1:{control_port}"
+    (home / "config.toml").write_text(_connection(control, tls.authority))
     with log_file.open("ab") as handle:
         process = subprocess.Popen(
-            _command(tls, port=port),
+            _command(tls, host=host, port=port, control_port=control_port),
             stdin=subprocess.DEVNULL,
             stdout=handle,
             stderr=subprocess.STDOUT,
@@ -198,25 +248,20 @@ def superlink(folder: Path, *, tls: TlsFiles, port: int, log_file: Path) -> Iter
             start_new_session=True,
         )
     try:
-        with _control(address, tls.authority) as client:
-            link = SuperLink(address, home, log_file, process, client)
-            _await_health(link)
+        with _control(control, tls.authority) as client:
+            link = SuperLink(_joined(host, port), control, home, log_file, process, client)
+            _await_health(link, host=host, port=port)
             yield link
     finally:
         _end(process, mark=mark)
 
 
-def _command(tls: TlsFiles, *, port: int) -> list[str]:
-    program = Path(sys.executable).with_name("flower-superlink")
-    if not program.exists():
-        raise MachineError(f"expected {program}; install flwr beside this Python")
+def _command(tls: TlsFiles, *, host: str, port: int, control_port: int) -> list[str]:
     return [
-        str(program),
-        *("--host", "127.0.0.1", "--port", str(port)),
-        *("--ssl-ca-certfile", str(tls.authority)),
-        *("--ssl-certfile", str(tls.certificate), "--ssl-keyfile", str(tls.key)),
-        "--enable-supernode-auth",
-        "--disable-runtime-dependency-installation",
+        *(sys.executable, "-m", "server.fleet"),
+        *("--host", host, "--port", str(port), "--control-port", str(control_port)),
+        *("--authority", str(tls.authority)),
+        *("--certificate", str(tls.certificate), "--key", str(tls.key)),
     ]
 
 
@@ -225,7 +270,8 @@ def _environment(home: Path) -> dict[str, str]:
     programs = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
     proxied = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
     direct = ",".join([*([proxied] if proxied else []), "127.0.0.1", "localhost"])
-    return dict(os.environ) | {
+    kept = {name: value for name, value in os.environ.items() if name not in UNWANTED}
+    return kept | {
         "PATH": os.pathsep.join(programs),
         "NO_PROXY": direct,
         "no_proxy": direct,
@@ -259,15 +305,16 @@ def _control(address: str, authority: Path) -> Iterator[ControlHttpClient]:
         yield client
 
 
-def _await_health(link: SuperLink) -> None:
+def _await_health(link: SuperLink, *, host: str, port: int) -> None:
     until = time.monotonic() + START_S
     while link.process.poll() is None and time.monotonic() < until:
-        with suppress(httpx.HTTPError):
-            if link.client._client.get(f"https://{link.address}/health").is_success:
+        with suppress(httpx.HTTPError, OSError):
+            link.client._client.get(f"https://{link.control}/health").raise_for_status()
+            with socket.create_connection((_reached(host), port), timeout=1.0):
                 return
         time.sleep(POLL_S)
     raise MachineError(
-        f"flower-superlink did not start: {_reason(link.log_file)}; more in {link.log_file}"
+        f"the SuperLink did not start: {_reason(link.log_file)}; more in {link.log_file}"
     )
 
 
@@ -278,16 +325,41 @@ def _reason(log_file: Path) -> str:
     return next(filter(None, reversed(errors or lines)), "it said nothing")
 
 
-def _refuse_taken(port: int) -> None:
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise MachineError(
-                f"port {port} of 127.0.0.1 cannot be used ({error.strerror}); "
-                "stop what listens there or choose another port"
-            ) from error
+def _refuse_taken(host: str, port: int) -> None:
+    try:
+        (family, kind, _, _, address), *_ = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        with socket.socket(family, kind) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        raise MachineError(
+            f"port {port} of {host} cannot be used ({error.strerror}); "
+            "stop what listens there or choose another port"
+        ) from error
+
+
+def _refuse_certificate(file: Path) -> None:
+    """Refuse what the coordinator's own processes, which call 127.0.0.1, would not believe."""
+    try:
+        certificate = x509.load_pem_x509_certificate(file.read_bytes())
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (OSError, ValueError, x509.ExtensionNotFound) as error:
+        raise DocumentError(f"cannot read the certificate {file}") from error
+    if certificate.not_valid_after_utc <= datetime.now(UTC):
+        raise MachineError(f"the certificate {file} has expired; issue it anew")
+    if LOOPBACK not in names.get_values_for_type(x509.IPAddress):
+        raise MachineError(f"the certificate {file} does not name 127.0.0.1; issue it anew with it")
+
+
+def _reached(host: str) -> str:
+    """Return an address at which this machine reaches what listens on ``host``."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def _joined(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _end(process: subprocess.Popen[bytes], *, mark: str) -> None:
@@ -295,25 +367,36 @@ def _end(process: subprocess.Popen[bytes], *, mark: str) -> None:
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(STOP_S)
+    _end_marked(mark, process)
+    process.kill()
+    process.wait()
+
+
+def _end_marked(mark: str, process: subprocess.Popen[bytes] | None = None) -> None:
+    """End what carries ``mark``; ``process`` is a child of this process among them."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         until = time.monotonic() + STOP_S / 2
         for pid in _marked(mark):
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
         while _marked(mark) and time.monotonic() < until:
-            process.poll()
+            if process is not None:
+                process.poll()
             time.sleep(0.05)
-    process.kill()
-    process.wait()
+
+
+def _mark_of(folder: Path) -> str:
+    """Return what marks the processes of the SuperLink of ``folder``, whoever has started it."""
+    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
 
 
 def _marked(mark: str) -> list[int]:
     """Return the processes whose environment carries ``mark`` (where there is a /proc)."""
-    needle = f"{MARK}={mark}".encode()
+    needle, this = f"{MARK}={mark}".encode(), os.getpid()
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if needle in (entry / "environ").read_bytes().split(b"\0"):
+            if int(entry.name) != this and needle in (entry / "environ").read_bytes().split(b"\0"):
                 found.append(int(entry.name))
     return found
 

@@ -14,7 +14,7 @@ Where a run stands is a value, ``Progress``: kept and given back, the run goes o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import count
@@ -62,11 +62,24 @@ class Consortium(NamedTuple):
     """Who takes part: the coordinator's key, and by name the sites' public signing keys.
 
     ``approvals`` are their countersignatures, which secure aggregation hands on to their peers.
+    ``absent`` are the plan's other sites: no approval of theirs is on file, so no order is theirs.
     """
 
     key: Ed25519PrivateKey
     sites: Mapping[str, str]
     approvals: Mapping[str, Countersignature] = {}
+    absent: tuple[str, ...] = ()
+
+
+class Circle(NamedTuple):
+    """Whom a run may ask: all sites' node keys (OpenSSH lines), and who is expected at its start.
+
+    A round that fewer than ``quorum`` sites have answered is worth waiting for.
+    """
+
+    keys: Mapping[str, str]
+    expected: frozenset[str]
+    quorum: int
 
 
 class Answer(NamedTuple):
@@ -78,10 +91,10 @@ class Answer(NamedTuple):
 
 
 class Tally:
-    """What was sent and answered in one round, without the updates."""
+    """What was sent and answered in one round, without the updates; some were refused before."""
 
-    def __init__(self) -> None:
-        self.answers = list[Answer]()
+    def __init__(self, refused: Iterable[Refusal] = ()) -> None:
+        self.answers = [Answer(refusal, None, 0) for refusal in refused]
         self.sent_bytes = 0
         self.received_bytes = 0
 
@@ -135,13 +148,15 @@ def run(
     weights: Weights,
     ask: Ask,
     *,
-    consortium: Consortium,
+    consortium: Callable[[], Consortium],
     strategy: Strategy,
     validate: Validate,
     since: Progress | None = None,
     attempts: Attempts = count_anew,
 ) -> Iterator[Round]:
     """Yield each training round of ``plan`` in turn, starting from ``weights``.
+
+    Who takes part is asked of ``consortium`` before each round; what it raises ends the run.
 
     A run that was interrupted goes on ``since`` the last round it finished. A site uses a mask only
     once, so ``attempts`` must then remember those before; without masks a round asked again is the
@@ -158,7 +173,7 @@ def run(
             weights,
             ask,
             round_=round_,
-            consortium=consortium,
+            consortium=consortium(),
             strategy=strategy,
             state=state,
             attempts=attempts,
@@ -193,7 +208,8 @@ def train_round(
     attempts: Attempts = count_anew,
 ) -> Round:
     """Ask every site to train once and turn their updates into new weights."""
-    started, tally = time.monotonic(), Tally()
+    started = time.monotonic()
+    tally = Tally(_refused(plan, consortium, kind="train", round_=round_))
     summed = partial(_summed_updates, attempts=attempts)
     updates = summed if plan.rounds.secure_aggregation else _single_updates
     try:
@@ -283,7 +299,7 @@ def ask_all(
     """Ask every site to evaluate ``weights``, or to train alone from them; aggregate nothing."""
     started, round_ = time.monotonic(), plan.training.num_rounds
     orders = orders_for(plan, weights, kind=kind, round_=round_, consortium=consortium)
-    tally = Tally()
+    tally = Tally(_refused(plan, consortium, kind=kind, round_=round_))
     tally.sent(orders)
     for answer in answered(ask, orders, plan=plan, weights=weights, consortium=consortium):
         tally.add(answer)
@@ -410,6 +426,17 @@ def _update(said: SiteReply, vector: Vector | None, order: RoundOrder, weights: 
     if not 1 <= said.num_patients <= MOST_PATIENTS:
         raise ValueError(f"expected from 1 to {MOST_PATIENTS} patients")
     return vector
+
+
+def _refused(
+    plan: StudyPlan, consortium: Consortium, *, kind: OrderKind, round_: int
+) -> list[Refusal]:
+    """Return a refusal for each site that gets no order, because it has not approved the plan."""
+    study = digest_of(plan)
+    return [
+        Refusal(study=study, round_=round_, kind=kind, site=site, code="not-approved")
+        for site in consortium.absent
+    ]
 
 
 def _refusal(order: RoundOrder, code: RefusalCode) -> Refusal:

@@ -13,6 +13,7 @@ checkpoints/<round>.safetensors
 model/                  the released weights and their manifest
 report.json, report.html
 failed.txt              only if the run failed: the sentences a person should read
+run.lock                held by the process that runs the study, and its number
 
 A killed coordinator is started again on the same folder. The last whole line of rounds.jsonl says
 where it stood: a line that was cut short, and a checkpoint whose round has no line, are as if they
@@ -22,6 +23,7 @@ Guarantees:
     A round that has its line is not asked again, and what the next one begins with is on disk.
     A masked round is never asked twice under one attempt.
     A checkpoint that is missing, unreadable or not of the recorded weights is refused.
+    A run directory that a process holds is refused to others, until that process ends.
 
 Design: the record's digest is of the released weights only. Where the plan keeps no average those
 are the weights trained from; else these, and the strategy's state, are as good as the disk.
@@ -30,6 +32,7 @@ are the weights trained from; else these, and the strategy's state, are as good 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -49,7 +52,7 @@ from shared_models.contracts import (
     SiteName,
 )
 from shared_models.errors import DocumentError, SignatureError
-from shared_models.files import append_line, replace
+from shared_models.files import append_line, is_locked, locked, replace
 from shared_models.plan import SignedPlan
 from shared_models.signing import digest, is_signed_by
 from shared_models.weights import digest as weights_digest
@@ -58,6 +61,9 @@ from shared_models.weights import flatten, load
 ROUNDS = "rounds.jsonl"
 ATTEMPTS = "attempts.jsonl"
 CHECKPOINTS = "checkpoints"
+FAILED = "failed.txt"
+LOCK = "run.lock"
+LOCK_S = 5.0  # for a process that was killed to be gone, and for a look at the lock
 RESTORE = "restore {what} from a copy, or run the study in a new folder"
 
 AnyContract = TypeVar("AnyContract", bound=Contract)
@@ -113,6 +119,39 @@ def read_settings(run_dir: Path) -> RunSettings:
 def write_settings(run_dir: Path, settings: RunSettings) -> None:
     """Write ``run.json``."""
     replace(run_dir / "run.json", settings.model_dump_json(indent=2).encode())
+
+
+def lock(run_dir: Path) -> AbstractContextManager[None]:
+    """Return what holds the run directory for this process alone.
+
+    Raises:
+        MachineError: on entering, if another process holds it.
+    """
+    refusal = f"another coordinator runs the study in {run_dir}; stop it, or wait until it is done"
+    return locked(run_dir / LOCK, refusal=refusal, patience_s=LOCK_S)
+
+
+def is_running(run_dir: Path) -> bool:
+    """Return whether a process holds the run directory."""
+    return is_locked(run_dir / LOCK)
+
+
+def write_failure(run_dir: Path, objections: Sequence[str]) -> None:
+    """Say in ``failed.txt`` why the run failed."""
+    replace(run_dir / FAILED, "\n".join(objections).encode())
+
+
+def read_failure(run_dir: Path) -> tuple[str, ...]:
+    """Return why the run failed; empty if it did not."""
+    try:
+        return tuple((run_dir / FAILED).read_text(encoding="utf-8").splitlines())
+    except FileNotFoundError:
+        return ()
+
+
+def forget_failure(run_dir: Path) -> None:
+    """Let a run that failed be run again."""
+    (run_dir / FAILED).unlink(missing_ok=True)
 
 
 def approvals(

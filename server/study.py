@@ -3,9 +3,12 @@
 Guarantees:
     Killed at any instant and run again, a study goes on where it was.
     A finished study is not run again.
+    Two coordinators do not run one study at once.
+    Who has approved is read again before each round; an expired plan or too few end the run.
 
 Design: what was done is read from the run directory, at the start as at the end, so that the report
-of a resumed run is made as that of an undisturbed one.
+of a resumed run is made as that of an undisturbed one. ``failed.txt`` is for what a person must put
+right; a process that dies of anything else may be started again as it is (``server/conduct.py``).
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from pathlib import Path
 
 from server import report, rounds, store
 from server.release import release
-from server.rounds import Ask, Consortium
+from server.rounds import Ask, Circle, Consortium
 from server.start import initial_weights
 from server.validate import Validator, final_report, open_validator, validate
 from shared_models import tasks
@@ -36,7 +39,6 @@ from shared_models.contracts import (
     ValidationReport,
 )
 from shared_models.errors import ConsiliaError, DocumentError, RunError
-from shared_models.files import replace
 from shared_models.plan import SignedPlan, StudyPlan, render
 from shared_models.registry import find
 from shared_models.signing import digest, load_key
@@ -44,32 +46,30 @@ from shared_models.weights import Weights
 
 log = logging.getLogger(__name__)
 
-FAILED = "failed.txt"
 SOFTWARE = ("consilia", "flwr", "torch", "monai", "opacus", "dp-accounting", "numpy")
 
 
-def run(run_dir: Path, connect: Callable[[dict[str, str]], Ask]) -> StudyReport:
+def run(run_dir: Path, connect: Callable[[Circle], Ask]) -> StudyReport:
     """Run the study of ``run_dir``, or what is left of it, and leave its model and report there.
 
     Args:
         run_dir: see ``store.py``.
-        connect: from the sites' node keys to what carries letters to them.
+        connect: from the sites to what carries letters to them.
 
     Raises:
+        MachineError: if another process runs it.
         ConsiliaError: with what a person should know; the same stands in ``failed.txt``.
     """
-    (run_dir / FAILED).unlink(missing_ok=True)
-    try:
-        return _finished(run_dir) or _run(run_dir, connect)
-    except ConsiliaError as error:
-        replace(run_dir / FAILED, "\n".join(error.objections).encode())
-        raise
-    except Exception as error:
-        replace(run_dir / FAILED, f"the coordinator failed: {type(error).__name__}".encode())
-        raise
+    with store.lock(run_dir):
+        store.forget_failure(run_dir)
+        try:
+            return _finished(run_dir) or _run(run_dir, connect)
+        except ConsiliaError as error:
+            store.write_failure(run_dir, error.objections)
+            raise
 
 
-def _run(run_dir: Path, connect: Callable[[dict[str, str]], Ask]) -> StudyReport:
+def _run(run_dir: Path, connect: Callable[[Circle], Ask]) -> StudyReport:
     started = time.monotonic()
     signed, settings = store.read_plan(run_dir), store.read_settings(run_dir)
     plan = signed.plan
@@ -77,21 +77,13 @@ def _run(run_dir: Path, connect: Callable[[dict[str, str]], Ask]) -> StudyReport
     if found:
         raise ConsiliaError(found)
     before = _records_of(run_dir, plan)
-    approving = store.approvals(run_dir, signed, settings)
-    if len(approving) < plan.rounds.quorum:
-        raise RunError(
-            f"{len(approving)} sites have approved the plan, it needs {plan.rounds.quorum}; "
-            "ask the others to run consilia-site approve"
-        )
-    keys = {site: settings.sites[site] for site in approving}
-    consortium = Consortium(
-        load_key(settings.signing_key),
-        {site: key.signing for site, key in keys.items()},
-        approving,
-    )
+    expected = frozenset(_standing(run_dir, signed).sites)
     validator = open_validator(plan, settings)
-    ask = connect({site: key.node or "" for site, key in keys.items()})
-    weights = _rounds(run_dir, plan, ask, consortium=consortium, validator=validator)
+    keys = {site: settings.sites[site].node or "" for site in plan.sites if site in settings.sites}
+    ask = connect(Circle(keys, expected, plan.rounds.quorum))
+    weights = _rounds(
+        run_dir, plan, ask, standing=lambda: _standing(run_dir, signed), validator=validator
+    )
     final = final_report(validator, weights)
     seconds = time.monotonic() - started + sum(record.seconds for record in before)
     finished = _report(signed, settings, store.read_rounds(run_dir), final, seconds=seconds)
@@ -101,6 +93,32 @@ def _run(run_dir: Path, connect: Callable[[dict[str, str]], Ask]) -> StudyReport
     report.write(finished, run_dir)
     store.drop_checkpoints(run_dir)
     return finished
+
+
+def _standing(run_dir: Path, signed: SignedPlan) -> Consortium:
+    """Read who takes part from now on: the sites whose approvals are on file at this moment.
+
+    Raises:
+        RunError: if the plan has expired, or they are fewer than it needs.
+    """
+    plan, settings = signed.plan, store.read_settings(run_dir)
+    if plan.expires < datetime.now(UTC).date():
+        raise RunError(
+            f"the plan expired on {plan.expires}, so no more orders go out; "
+            "let the sites approve a new plan"
+        )
+    approving = store.approvals(run_dir, signed, settings)
+    absent = tuple(site for site in sorted(plan.sites) if site not in approving)
+    if len(approving) < plan.rounds.quorum:
+        raise RunError(
+            [
+                f"{len(approving)} sites have approved the plan, it needs {plan.rounds.quorum}; "
+                "ask the others to run consilia-site approve, then run the study again",
+                *(f"{site}: no approval on file" for site in absent),
+            ]
+        )
+    keys = {site: settings.sites[site].signing for site in approving}
+    return Consortium(load_key(settings.signing_key), keys, approving, absent)
 
 
 def _finished(run_dir: Path) -> StudyReport | None:
@@ -127,19 +145,22 @@ def _records_of(run_dir: Path, plan: StudyPlan) -> list[RoundRecord]:
 
 
 def _rounds(
-    run_dir: Path, plan: StudyPlan, ask: Ask, *, consortium: Consortium, validator: Validator
+    run_dir: Path,
+    plan: StudyPlan,
+    ask: Ask,
+    *,
+    standing: Callable[[], Consortium],
+    validator: Validator,
 ) -> Weights:
     """Run the rounds that are left, then the final evaluation and, if planned, training alone."""
     first = initial_weights(plan, validator.task, run_dir)
     done = store.read_rounds(run_dir)
-    weights = _trained(
-        run_dir, plan, first, ask, done=done, consortium=consortium, validator=validator
-    )
+    weights = _trained(run_dir, plan, first, ask, done=done, standing=standing, validator=validator)
     tail: list[tuple[OrderKind, Weights]] = [("evaluate", weights)]
     tail += [("alone", first)] if plan.compare_alone else []
     for kind, sent in tail:
         if kind not in {record.kind for record in done}:
-            record = rounds.ask_all(plan, sent, ask, kind=kind, consortium=consortium)
+            record = rounds.ask_all(plan, sent, ask, kind=kind, consortium=standing())
             store.append_round(run_dir, record)
     return weights
 
@@ -151,7 +172,7 @@ def _trained(
     ask: Ask,
     *,
     done: Sequence[RoundRecord],
-    consortium: Consortium,
+    standing: Callable[[], Consortium],
     validator: Validator,
 ) -> Weights:
     """Run the training rounds that are not ``done``, and return the weights to release."""
@@ -163,7 +184,7 @@ def _trained(
         plan,
         first,
         ask,
-        consortium=consortium,
+        consortium=standing,
         strategy=find("strategies", plan.strategy.name, builtin=STRATEGIES)(**plan.strategy.params),
         validate=lambda new: validate(validator, new),
         since=since,

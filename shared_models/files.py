@@ -4,14 +4,21 @@ Guarantees:
     What ``replace`` or ``append_line`` wrote is on disk when it returns.
     A crash during ``replace`` leaves the old content.
     A line cut short by a crash is never glued to the next one.
+    What a process has ``locked`` is free again when the process ends, however it ends.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from uuid import uuid4
+
+from shared_models.errors import MachineError
 
 BLOCK_BYTES = 2**16
 
@@ -87,6 +94,46 @@ def read_tail(file: Path) -> Tail:
         stream.seek(start)
         tail = stream.read(size - start)
     return Tail(tail[: max(end - 1 - start, 0)], tail[end - start :])
+
+
+@contextmanager
+def locked(file: Path, *, refusal: str, patience_s: float = 0.0) -> Iterator[None]:
+    """Hold ``file``, which is made if there is none, for this process alone.
+
+    Raises:
+        MachineError: with ``refusal`` and the holder's number, if another process holds it and
+            does not let go of it within ``patience_s``.
+        OSError: if the file cannot be written.
+    """
+    until = time.monotonic() + patience_s
+    with file.open("a+b") as handle:
+        while not _is_taken(handle):
+            if time.monotonic() >= until:
+                handle.seek(0)
+                holder = handle.read(20).decode("ascii", errors="replace").strip()
+                raise MachineError(f"{refusal} (process {holder})")
+            time.sleep(0.05)
+        handle.truncate(0)
+        handle.write(str(os.getpid()).encode())
+        handle.flush()
+        yield
+
+
+def is_locked(file: Path) -> bool:
+    """Return whether a process holds ``file``; to find out, it is held for an instant."""
+    try:
+        with file.open("rb") as handle:
+            return not _is_taken(handle)
+    except FileNotFoundError:
+        return False
+
+
+def _is_taken(handle: BinaryIO) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _after_line_end(stream: BinaryIO, size: int) -> int:

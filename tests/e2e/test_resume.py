@@ -38,7 +38,7 @@ from shared_models.contracts import (
     SiteReply,
     StudyReport,
 )
-from shared_models.errors import DocumentError, RunError
+from shared_models.errors import DocumentError, MachineError, RunError
 from shared_models.masking import masked, public_mask_key
 from shared_models.plan import StudyPlan
 from shared_models.signing import digest as digest_of
@@ -153,19 +153,24 @@ def laid_out(run_dir: Path, plan: StudyPlan) -> Path:
         )
     )
     for name in NAMES:
-        approval = Approval(
-            study=digest_of(plan),
-            site=name,
-            who="test",
-            when=datetime(2026, 1, 1, tzinfo=UTC),
-            decision="approved",
-            mask_key=public_mask_key(MASKS[name]),
-        )
-        signed = Countersignature(approval=approval, signature=sign(approval, key=KEYS[name]))
-        (run_dir / "approvals" / f"{name}.json").write_text(signed.model_dump_json())
+        decide(run_dir, name, "approved")
     keys = {name: store.SiteKeys(signing=public_key(key)) for name, key in KEYS.items()}
     store.write_settings(run_dir, store.RunSettings(signing_key=key_file, sites=keys))
     return run_dir
+
+
+def decide(run_dir: Path, name: str, decision: Any) -> None:
+    """Put a site's decision about the plan of ``run_dir`` on file."""
+    approval = Approval(
+        study=digest_of(store.read_plan(run_dir).plan),
+        site=name,
+        who="test",
+        when=datetime(2026, 1, 1, tzinfo=UTC),
+        decision=decision,
+        mask_key=public_mask_key(MASKS[name]) if decision == "approved" else None,
+    )
+    signed = Countersignature(approval=approval, signature=sign(approval, key=KEYS[name]))
+    (run_dir / "approvals" / f"{name}.json").write_text(signed.model_dump_json())
 
 
 def asking(sites: Mapping[str, Site]) -> Ask:
@@ -354,6 +359,129 @@ def test_a_study_that_failed_goes_on_and_its_failure_is_forgotten(
         study.run(run_dir, lambda _: lost)
     assert (run_dir / "failed.txt").exists()
     run(run_dir, sites)
+    check_resumed(run_dir, undisturbed["fedavg"])
+
+
+# --- who takes part, from one round to the next
+
+
+def refuse(run_dir: Path) -> None:
+    decide(run_dir, "west", "refused")
+
+
+def remove(run_dir: Path) -> None:
+    (run_dir / "approvals" / "west.json").unlink()
+
+
+def revoke(run_dir: Path) -> None:
+    settings = store.read_settings(run_dir)
+    left = {name: key for name, key in settings.sites.items() if name != "west"}
+    store.write_settings(run_dir, settings.model_copy(update={"sites": left}))
+
+
+def acting(
+    sites: Mapping[str, Site], act: Callable[[], Any], *, in_round: int
+) -> Callable[[Any], Ask]:
+    """Return what reaches ``sites``, and lets ``act`` happen while orders to train are out."""
+
+    def ask(letters: Mapping[str, Letter], deadline_s: float) -> Iterator[Any]:
+        for site, said in asking(sites)(letters, deadline_s):
+            order = json.loads(letters[site].document)
+            if (order["kind"], order["round_"]) == ("train", in_round):
+                act()
+            yield site, said
+
+    return lambda _: ask
+
+
+@pytest.mark.parametrize("act", [refuse, remove, revoke])
+def test_a_site_that_approves_no_longer_gets_no_further_order_and_is_named(
+    act: Callable[[Path], None], tmp_path: Path
+) -> None:
+    run_dir = laid_out(tmp_path / "run", plan_of(rounds={"quorum": 2}))
+    sites, acts = sites_of(), iter([lambda: act(run_dir)])
+    study.run(run_dir, acting(sites, lambda: next(acts, lambda: None)(), in_round=1))
+    assert [(o.kind, o.round_) for o in sites["west"].orders] == [("train", 0), ("train", 1)]
+    refused = [{r.site: r.code for r in record.refusals} for record in store.read_rounds(run_dir)]
+    assert refused == [{}, {}, *[{"west": "not-approved"}] * 3]
+    west = {site.name: site for site in report.read(run_dir / "report.json").sites}["west"]
+    assert [refusal.code for refusal in west.refusals] == ["not-approved"] * 3
+
+
+def test_a_site_that_approves_later_takes_part_from_the_next_round(tmp_path: Path) -> None:
+    run_dir = laid_out(tmp_path / "run", plan_of(rounds={"quorum": 2}))
+    remove(run_dir)
+    sites = sites_of()
+    study.run(run_dir, acting(sites, lambda: decide(run_dir, "west", "approved"), in_round=0))
+    assert next((o.kind, o.round_) for o in sites["west"].orders) == ("train", 1)
+    assert not audit_run(run_dir).failed
+
+
+def test_too_few_approvals_end_the_run_and_it_goes_on_once_there_are_enough(
+    undisturbed: dict[str, Path], tmp_path: Path
+) -> None:
+    run_dir = laid_out(tmp_path / "run", plan_of())
+    sites = sites_of()
+    with pytest.raises(RunError, match=r"2 sites have approved .* needs 3; ask .*\nwest: no appro"):
+        study.run(run_dir, acting(sites, lambda: refuse(run_dir), in_round=1))
+    assert store.read_failure(run_dir)[0].startswith("2 sites have approved")
+    assert max(order.round_ for order in sites["east"].orders) == 1
+    decide(run_dir, "west", "approved")
+    run(run_dir, sites)
+    check_resumed(run_dir, undisturbed["fedavg"])
+
+
+def test_an_expired_plan_ends_the_run_before_the_next_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = laid_out(tmp_path / "run", plan_of())
+    sites = sites_of()
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime(2099, 1, 2, tzinfo=tz)
+
+    def expire() -> None:
+        monkeypatch.setattr(study, "datetime", Later)
+
+    with pytest.raises(RunError, match=r"the plan expired on 2099-01-01, .* approve a new plan"):
+        study.run(run_dir, acting(sites, expire, in_round=1))
+    assert len(store.read_rounds(run_dir)) == 2
+    assert max(order.round_ for order in sites["east"].orders) == 1
+
+
+# --- one process at a time
+
+
+def test_two_coordinators_do_not_run_one_study_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "LOCK_S", 0.1)
+    run_dir = laid_out(tmp_path / "run", plan_of())
+    sites = sites_of()
+    with (
+        store.lock(run_dir),
+        pytest.raises(MachineError, match=r"another coordinator runs .*; stop it, or wait"),
+    ):
+        run(run_dir, sites)
+    assert not (run_dir / "failed.txt").exists(), "it is not for a stranger to say so"
+    assert not any(site.orders for site in sites.values())
+    assert not store.is_running(run_dir)
+
+
+def test_a_process_that_dies_of_something_else_leaves_no_failure_and_no_lock(
+    undisturbed: dict[str, Path], tmp_path: Path
+) -> None:
+    run_dir = laid_out(tmp_path / "run", plan_of())
+
+    def dying() -> None:
+        raise OSError("the network is gone")
+
+    with pytest.raises(OSError, match="network"):
+        study.run(run_dir, acting(sites_of(), dying, in_round=1))
+    assert store.read_failure(run_dir) == ()
+    run(run_dir, sites_of())
     check_resumed(run_dir, undisturbed["fedavg"])
 
 

@@ -7,18 +7,17 @@ import socket
 import ssl
 import stat
 import subprocess
+import threading
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.asymmetric import ed25519
 from flwr.cli.build import build_fab_from_disk
 from flwr.common.serde import fab_to_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
@@ -26,9 +25,10 @@ from flwr.proto.control_pb2 import (
     RegisterNodeRequest,
     StartRunRequest,
     StopRunRequest,
+    UnregisterNodeRequest,
 )
 from flwr.proto.node_pb2 import NodeInfo
-from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
@@ -40,9 +40,10 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from server import app, link
+from server import link
 from server.consortium import TlsFiles, certificates
 from shared_models.errors import DocumentError, MachineError
+from shared_models.files import locked
 
 
 @pytest.fixture
@@ -129,13 +130,60 @@ def test_a_superlink_that_does_not_start_says_why(tmp_path: Path, tls: TlsFiles)
         pytest.fail("it started")
 
 
+def test_a_certificate_that_the_coordinators_own_processes_would_not_believe_is_refused(
+    tmp_path: Path, tls: TlsFiles
+) -> None:
+    elsewhere = certificates(tmp_path / "tls", hosts=["coordinator.example.org"])
+    with pytest.raises(MachineError, match=r"does not name 127\.0\.0\.1; issue it anew"):
+        link._refuse_certificate(elsewhere.certificate)
+    with pytest.raises(DocumentError, match="cannot read the certificate"):
+        link._refuse_certificate(elsewhere.key)
+
+
+def test_two_coordinators_do_not_run_one_folder_at_once(tmp_path: Path, tls: TlsFiles) -> None:
+    with (
+        locked(tmp_path / link.LOCK, refusal="held"),
+        pytest.raises(MachineError, match=rf"another coordinator .*stop it .*{os.getpid()}"),
+        link.superlink(tmp_path, tls=tls, port=link.free_port(), log_file=tmp_path / "log"),
+    ):
+        pytest.fail("it started")
+
+
+def test_what_an_earlier_coordinator_left_running_is_ended_first(
+    tmp_path: Path, tls: TlsFiles
+) -> None:
+    """It was killed, so nothing but the mark tells whose this process is."""
+    broken = tls._replace(certificate=tls.key)
+    environment = os.environ | {link.MARK: link._mark_of(tmp_path)}
+    with subprocess.Popen(["sleep", "60"], env=environment, start_new_session=True) as left:
+        reaper = threading.Thread(target=left.wait)
+        reaper.start()
+        wait_for_mark(tmp_path)
+        with (
+            pytest.raises(DocumentError, match="certificate"),
+            link.superlink(tmp_path, tls=broken, port=link.free_port(), log_file=tmp_path / "log"),
+        ):
+            pytest.fail("it started")
+        reaper.join(10)
+        assert left.returncode is not None
+
+
+def wait_for_mark(folder: Path) -> None:
+    until = time.monotonic() + 10
+    while not link._marked(link._mark_of(folder)):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def test_flower_stays_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "example.org")
+    monkeypatch.setenv("FLWR_INTERNAL_GRPC_CONTROL_API", "1")
     environment = link._environment(tmp_path)
     assert environment["FLWR_TELEMETRY_ENABLED"] == "0"
     assert environment["FLWR_DISABLE_UPDATE_CHECK"] == "1"
     assert environment["no_proxy"] == environment["NO_PROXY"] == "example.org,127.0.0.1,localhost"
     assert environment["FLWR_HOME"] == str(tmp_path)
+    assert "FLWR_INTERNAL_GRPC_CONTROL_API" not in environment
 
 
 @pytest.mark.parametrize("line", ["", "nonsense", "ssh-ed25519 AAAA"])
@@ -149,59 +197,6 @@ def test_an_ed25519_key_is_not_registered() -> None:
     line = public.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     with pytest.raises(DocumentError, match="EC key"):
         link._pem(line.decode())
-
-
-def node(node_id: int, *, online_until: float = 0.0) -> NodeInfo:
-    public = ec.generate_private_key(ec.SECP384R1()).public_key()
-    return NodeInfo(
-        node_id=node_id, public_key=public_key_to_bytes(public), online_until=online_until
-    )
-
-
-def test_nodes_are_found_by_the_line_that_enrolled_them() -> None:
-    info = node(5)
-    grid: Any = SimpleNamespace(get_nodes=lambda: [info])
-    (line,) = app.nodes_by_key(grid)
-    assert app.nodes_by_key(grid) == {line: 5}
-    assert link._pem(line + " a comment") == info.public_key
-
-
-class Grid:
-    """Flower's grid with nodes that are online as ``online`` says, and no reply ever."""
-
-    def __init__(self, online: Sequence[bool]) -> None:
-        self.online: Iterator[bool] = iter(online)
-        self.pulled: list[bool] = []
-        self._runtime_client = SimpleNamespace(PullMessages=self._pull)
-
-    def get_nodes(self) -> list[NodeInfo]:
-        self.is_online = next(self.online)
-        return [node(5, online_until=time.time())] if self.is_online else []
-
-    def _pull(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:
-        assert list(request.message_ids) == ["id"]
-        self.pulled.append(self.is_online)
-        return PullAppMessagesResponse()
-
-
-def test_an_offline_site_is_not_asked_about_until_patience_ends() -> None:
-    grid: Any = Grid([False, False, False, False])
-    post = app._Post(grid, {"site": "id"}, nodes={"site": 5}, patience_s=0.2)
-    post.look(is_last=False)
-    assert (grid.pulled, set(post.waiting)) == ([], {"site"})
-    time.sleep(0.3)
-    post.look(is_last=False)
-    assert (grid.pulled, set(post.waiting)) == ([False], set())
-
-
-def test_the_last_look_asks_about_everybody() -> None:
-    grid: Any = Grid([False])
-    post = app._Post(grid, {"site": "id"}, nodes={"site": 5}, patience_s=60.0)
-    assert list(app._replies(post, ["other", "site"], until=0.0)) == [
-        ("other", None),
-        ("site", None),
-    ]
-    assert grid.pulled == [False]
 
 
 def test_processes_are_found_by_their_mark() -> None:
@@ -226,7 +221,14 @@ def test_processes_are_found_by_their_mark() -> None:
         (public_key_to_bytes, ["public_key"]),
         *[
             (getattr(ControlHttpClient, name), ["self", "request"])
-            for name in ("RegisterNode", "ListNodes", "StartRun", "ListRuns", "StopRun")
+            for name in (
+                "RegisterNode",
+                "UnregisterNode",
+                "ListNodes",
+                "StartRun",
+                "ListRuns",
+                "StopRun",
+            )
         ],
         (iterate_object_tree, ["tree"]),
         (make_pull_object_fn_protobuf, ["pull_object_protobuf", "node", "run_id"]),
@@ -258,11 +260,12 @@ def test_flower_still_has_what_the_coordinator_uses(function: Any, parameters: l
     ("request_type", "fields"),
     [
         (RegisterNodeRequest, {"public_key", "name"}),
+        (UnregisterNodeRequest, {"node_id"}),
         (StartRunRequest, {"fab", "override_config"}),
         (ListRunsRequest, {"run_id"}),
         (StopRunRequest, {"run_id"}),
         (PullAppMessagesRequest, {"message_ids"}),
-        (NodeInfo, {"node_id", "public_key", "online_until"}),
+        (NodeInfo, {"node_id", "public_key", "online_until", "last_activated_at"}),
     ],
 )
 def test_flower_still_asks_for_the_same_fields(request_type: Any, fields: set[str]) -> None:

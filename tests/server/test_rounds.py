@@ -368,7 +368,14 @@ def evaluated(_: Any) -> Evaluation:
 
 def run(plan: StudyPlan, ask: Ask) -> list[Round]:
     return list(
-        rounds.run(plan, WEIGHTS, ask, consortium=CONSORTIUM, strategy=fedavg(), validate=evaluated)
+        rounds.run(
+            plan,
+            WEIGHTS,
+            ask,
+            consortium=lambda: CONSORTIUM,
+            strategy=fedavg(),
+            validate=evaluated,
+        )
     )
 
 
@@ -692,7 +699,7 @@ def test_the_next_round_is_asked_of_the_site_that_was_missing_too(secure: StudyP
             secure,
             WEIGHTS,
             with_the_others_hidden(north=lost_once),
-            consortium=consortium_of(secure),
+            consortium=lambda: consortium_of(secure),
             strategy=fedavg(),
             validate=evaluated,
         )
@@ -838,7 +845,12 @@ def test_the_average_of_the_models_is_validated_and_released_and_not_trained_fro
 
     done = list(
         rounds.run(
-            plan, WEIGHTS, asking(), consortium=CONSORTIUM, strategy=fedavg(), validate=validate
+            plan,
+            WEIGHTS,
+            asking(),
+            consortium=lambda: CONSORTIUM,
+            strategy=fedavg(),
+            validate=validate,
         )
     )
     # b begins at 3 and moves by 1 a round; the decay is 1/10, 2/11, 3/12 and then 1/4

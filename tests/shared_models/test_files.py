@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from shared_models.files import append_line, read_tail, replace
+from shared_models.errors import MachineError
+from shared_models.files import append_line, is_locked, locked, read_tail, replace
 
 
 def test_what_is_written_is_there_and_nothing_else(tmp_path: Path) -> None:
@@ -77,3 +81,32 @@ def test_a_tail_is_read_whole_however_long_it_is(tmp_path: Path, length: int) ->
     append_line(file, "three")
     assert read_tail(file) == (b"three", b"")
     assert file.read_bytes() == b"one\n" + b"x" * length + b"\nthree\n"
+
+
+def test_what_is_locked_is_refused_to_others_with_the_holders_number(tmp_path: Path) -> None:
+    file = tmp_path / "lock"
+    assert not is_locked(file)
+    with locked(file, refusal="stop it first"):
+        assert is_locked(file)
+        with (
+            pytest.raises(MachineError, match=rf"stop it first \(process {os.getpid()}\)"),
+            locked(file, refusal="stop it first", patience_s=0.1),
+        ):
+            pytest.fail("it was held twice")
+    assert not is_locked(file)
+
+
+def test_what_a_killed_process_had_locked_is_free(tmp_path: Path) -> None:
+    file = tmp_path / "lock"
+    script = (
+        "import sys, time; from pathlib import Path; from shared_models.files import locked\n"
+        "with locked(Path(sys.argv[1]), refusal=''): print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        assert is_locked(file)
+        holder.send_signal(signal.SIGKILL)
+        holder.wait(20)
+    with locked(file, refusal="held"):
+        assert file.read_text() == str(os.getpid())
