@@ -175,11 +175,11 @@ def test_what_cannot_be_written_down_does_not_leave(
 ) -> None:
     real, seen = journal.append, []
 
-    def full(book: Book, event: Event) -> Any:
+    def full(book: Book, event: Event, **checked: Any) -> Any:
         seen.append(event.kind)
         if seen == ROUND[: at + 1]:
             raise OSError("disk full")
-        return real(book, event)
+        return real(book, event, **checked)
 
     monkeypatch.setattr(journal, "append", full)
     said = house.ask()
