@@ -131,7 +131,7 @@ def audit_site(
     try:
         site = tomllib.loads(plans.read_text(site_dir / "site.toml"))
         name, state_dir = str(site["name"]), site_dir / str(site["state_dir"])
-        coordinator = str(site["coordinator"])
+        coordinator = str(site.get("coordinator", ""))
         content = (state_dir / journal.FILE).read_bytes()
         ledger = parse_ledger(_bytes(state_dir / "ledger.jsonl"))
     except (OSError, ValueError, LookupError) as error:
@@ -173,7 +173,8 @@ def _decision_checks(state_dir: Path, lines: Sequence[JournalLine]) -> dict[str,
         faults += journal.decision_faults(
             lines, folder.name, decisions=decisions, standing=standing
         )
-    return {f"{number} decisions about studies are this site's and journalled": faults}
+    name = f"{number} decisions about studies are this site's and journalled"
+    return {name: faults} if number else {}
 
 
 def _checkpoints(file: Path) -> list[SignedCheckpoint]:
