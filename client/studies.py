@@ -106,20 +106,23 @@ def known(site: SiteConfig, *, key: Ed25519PrivateKey, today: date) -> list[Know
     return sorted((one for one in found if one is not None), key=lambda o: (o.plan.name, o.study))
 
 
-def find(text: str, site: SiteConfig, *, key: Ed25519PrivateKey, today: date) -> SignedPlan:
-    """Return the plan somebody means by a file's name, or by the beginning of a study's digest.
+def look_up(text: str, site: SiteConfig, *, key: Ed25519PrivateKey, today: date) -> Known:
+    """Return the study somebody means by a plan's file, or by the beginning of a known digest.
 
     Raises:
         DocumentError: if it is no plan's file and no study's beginning, or several studies'.
     """
-    if Path(text).is_file():
-        return plans.read(Path(text))
-    studies = known(site, key=key, today=today)
-    matching = [one.signed for one in studies if text and one.study.startswith(text.lower())]
+    found = known(site, key=key, today=today)
+    if Path(text).is_file() or "/" in text or text.endswith(".toml"):
+        signed = plans.read(Path(text))
+        study = digest(signed.plan)
+        new = Known(study, signed, "offered", None, None)
+        return next((one for one in found if one.study == study), new)
+    matching = [one for one in found if text and one.study.startswith(text.lower())]
     if len(matching) != 1:
         raise DocumentError(
             f"expected a plan's file or the beginning of one study's digest, got that of "
-            f"{len(matching)} of {len(studies)}; consilia-site studies lists them"
+            f"{len(matching)} of {len(found)}; consilia-site studies lists them"
         )
     return matching[0]
 
