@@ -42,13 +42,12 @@ SHORTER = 8
 
 def studies_table(known: Sequence[Known]) -> Table:
     """Return the studies this site was offered or decided about."""
-    table = _table("study", "name", "decision", "by", "since", "coordinator")
+    table = _table("study", "name", "decision", "since", "coordinator")
     for one in known:
         table.add_row(
             one.study[:SHORTER],
             Text(one.plan.name),
             _decision(one.status),
-            Text("" if one.decision is None else printable(one.decision.who)),
             "" if one.decision is None else _day(one.decision.when),
             "" if one.word is None else _word(one.word.state, one.word.num_rounds_done, one.plan),
         )
@@ -58,7 +57,11 @@ def studies_table(known: Sequence[Known]) -> Table:
 def plan_in_words(known: Known, *, test_floor: int) -> RenderableType:
     """Return what a plan asks of this hospital, what leaves, and what it costs its patients."""
     plan = known.plan
-    rows = _rows()
+    rows, decided = _rows(), known.decision
+    if decided is not None:
+        why = "" if decided.reason is None else f"; {decided.reason}"
+        by = f"{known.status} by {printable(decided.who)}, {_day(decided.when)}{why}"
+        rows.add_row("Decision", Text(by))
     for label, text in _facts(plan, test_floor=test_floor):
         rows.add_row(label, Text(text))
     head = Text.assemble((plan.name, "bold"), f"  study {known.study[:SHORT]}  ")
