@@ -370,33 +370,30 @@ def _rescale(header: _Header, found: Slice) -> dict[str, Any]:
     if header.raw("ModalityLUTSequence") is not None:
         if found.layout is None or found.layout.is_inverted:
             raise Fault("bad-rescale")
-        return {"lut": _lut(header.dataset, found.layout)}
+        return {"lut": _lut(header.dataset.ModalityLUTSequence[0], found.layout)}
     slope, intercept = header.number("RescaleSlope"), header.number("RescaleIntercept")
     if slope == 0:
         raise Fault("bad-rescale")
     return {"slope": 1.0 if slope is None else slope, "intercept": intercept or 0.0}
 
 
-def _lut(dataset: Any, layout: Layout) -> tuple[int, tuple[int, ...]]:
+def _lut(item: Any, layout: Layout) -> tuple[int, tuple[int, ...]]:
     """Return the first value mapped and the outputs (PS3.3 C.11.1.1)."""
-    item = dataset.ModalityLUTSequence[0]
-    count, first, bits = _words(item["LUTDescriptor"], is_signed=layout.is_signed)
-    count = count & 0xFFFF or 65536
-    data = _words(item["LUTData"], is_signed=False)
-    if len(data) != count or bits > 16 or max(data) >= 1 << bits:
+    order = ">" if layout.is_big_endian else "<"
+    count, first, bits = _words(item["LUTDescriptor"].value, order)
+    if layout.is_signed and first >= 1 << 15:
+        first -= 1 << 16
+    data = _words(item["LUTData"].value, order)
+    if len(data) != (count or 1 << 16) or bits > 16 or max(data) >= 1 << bits:
         raise Fault("bad-rescale")
     return first, data
 
 
-def _words(element: Any, *, is_signed: bool) -> tuple[int, ...]:
-    """Return 16-bit words whose VR (US, SS, OW or unknown) varies between writers."""
-    value = element.value
+def _words(value: Any, order: str) -> tuple[int, ...]:
+    """Return 16-bit words, whose VR (US, SS, OW, unknown) varies between writers."""
     if isinstance(value, bytes):
-        value = unpack_from(f"<{len(value) // 2}H", value)
-    words = [int(v) & 0xFFFF for v in (value if hasattr(value, "__iter__") else [value])]
-    if is_signed and words[1] >= 0x8000:
-        words[1] -= 0x10000
-    return tuple(words)
+        value = unpack_from(f"{order}{len(value) // 2}H", value)
+    return tuple(int(word) & 0xFFFF for word in value)
 
 
 def _frames(found: Slice, header: _Header, layout: Layout) -> list[Slice]:

@@ -21,6 +21,8 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom import uid
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.pixels.utils import pixel_array
 
 from shared_models.reasons import Fault
 from shared_models.slices import Layout, Slice
@@ -84,7 +86,7 @@ def _decode(one: Slice, layout: Layout) -> NDArray[Any]:
                 if not _can_decode(syntax):
                     raise Fault("transfer-syntax")
                 _check_ends(dataset, one.num_frames, is_marked=syntax in MARKED)
-            frames = pydicom.pixels.pixel_array(dataset, raw=True)
+            frames = pixel_array(dataset, raw=True)
         except Fault:
             raise
         except Exception:
@@ -99,7 +101,7 @@ def _decode(one: Slice, layout: Layout) -> NDArray[Any]:
 
 def _can_decode(syntax: Any) -> bool:
     try:
-        return bool(pydicom.pixels.get_decoder(syntax).is_available)
+        return bool(get_decoder(syntax).is_available)
     except NotImplementedError:
         return False
 

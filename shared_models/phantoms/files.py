@@ -36,7 +36,7 @@ def write_series(
     folder.mkdir(parents=True)
     stored = _encode(hu, profile)
     order = range(grid.num_slices)
-    dataset = _describe_series(grid, profile, patient=patient, seed=seed)
+    dataset = describe_series(grid, profile, patient=patient, seed=seed)
     for number, z in enumerate(reversed(order) if profile.is_top_first else order, start=1):
         uid = make_uid(seed, patient, "instance", number)
         height_mm = round(grid.origin_mm[2] + z * grid.thickness_mm, 3)
@@ -75,7 +75,7 @@ def _encode(hu: Volume, profile: HospitalProfile) -> Stored:
     return stored
 
 
-def _describe_series(grid: Grid, profile: HospitalProfile, *, patient: str, seed: int) -> Dataset:
+def describe_series(grid: Grid, profile: HospitalProfile, *, patient: str, seed: int) -> Dataset:
     """Return what all slices of a series share (PS3.3 A.3, CT Image IOD)."""
     dataset = Dataset()
     dataset.file_meta = _describe_file()
