@@ -23,6 +23,7 @@ References:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -94,8 +95,10 @@ def scan(files: Iterable[Path]) -> list[Series]:
     """Return the series in ``files``, by their headers alone, in the order of first appearance."""
     found: dict[tuple[str, ...], list[Slice]] = {}
     aside: list[Series] = []
-    for file in files:
-        slices = inspect(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they quote header values
+        inspected = [(file, inspect(file)) for file in files]
+    for file, slices in inspected:
         if isinstance(slices, str):
             aside.append(Series((file,), aside=slices))
             continue

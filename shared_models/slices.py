@@ -13,8 +13,8 @@ References:
 
 from __future__ import annotations
 
+import logging
 import math
-import warnings
 from pathlib import Path
 from struct import unpack_from
 from typing import Any, BinaryIO, NamedTuple
@@ -26,6 +26,9 @@ from pydicom.tag import Tag
 
 from shared_models import frames
 from shared_models.reasons import Fault, Reason
+
+# pydicom's warnings quote what a header says, which may be a patient's.
+logging.getLogger("pydicom").propagate = False
 
 #: Modalities whose images have no place in the patient (PS3.3 C.7.3.1.1.1).
 PROJECTIONS = ("CR", "DX", "IO", "MG", "PX", "RG")
@@ -175,11 +178,11 @@ class Slice(NamedTuple):
 def inspect(file: Path) -> list[Slice] | Reason:
     """Return the slices in ``file`` from its header alone, or why the file holds no slices.
 
-    A slice that belongs to a series but is broken comes with its ``fault``.
+    A slice that belongs to a series but is broken comes with its ``fault``. Warnings that pydicom
+    raises are the caller's to silence.
     """
     try:
-        with warnings.catch_warnings(), file.open("rb") as stream:
-            warnings.simplefilter("ignore")
+        with file.open("rb") as stream:
             header = _Header(stream)
             kind = _kind(header)
             return kind or _slices(file, header)
@@ -196,20 +199,21 @@ class _Header:
         self.dataset = pydicom.dcmread(
             stream, specific_tags=READ, stop_before_pixels=True, force=True
         )
+        self._elements = {int(e.tag): e for e in self.dataset.values()}
         self.is_implicit, self.is_little = self._encoding()
         self.syntax = self.dataset.file_meta.get("TransferSyntaxUID")
         self.stream = stream
 
     def _encoding(self) -> tuple[bool, bool]:
         """Return (implicit VR, little endian) as found, which may differ from what is declared."""
-        element = self.dataset.get_item(TAGS["SOPClassUID"])
+        element = self._elements.get(TAGS["SOPClassUID"])
         if not isinstance(element, RawDataElement):
             return True, True
         return element.is_implicit_VR, element.is_little_endian
 
     def raw(self, keyword: str) -> Any:
         """Return the bytes of an element, None if it is absent or empty."""
-        element = self.dataset.get_item(TAGS[keyword])
+        element = self._elements.get(TAGS[keyword])
         if element is None:
             return None
         value = element.value

@@ -132,6 +132,17 @@ def test_monochrome1_means_the_same_in_every_slice(tmp_path: Path) -> None:
         assert np.array_equal(volume.data[z], 4095.0 - dataset.pixel_array)
 
 
+def test_what_pydicom_warns_of_a_header_reaches_no_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    (case,) = write_hard_cases(tmp_path, 1, names=["run-length"])
+    for file in case.files:
+        content = file.read_bytes().replace(b"2.25.", b"MARK.")  # no UID of any kind
+        file.write_bytes(content)
+    read_files(case.files)
+    assert "MARK" not in caplog.text + "".join(str(w.message) for w in recwarn)
+
+
 # --- compressed transfer syntaxes
 
 
