@@ -136,11 +136,12 @@ def test_what_pydicom_warns_of_a_header_reaches_no_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:
     (case,) = write_hard_cases(tmp_path, 1, names=["run-length"])
-    for file in case.files:
-        content = file.read_bytes().replace(b"2.25.", b"MARK.")  # no UID of any kind
-        file.write_bytes(content)
+    content = case.files[0].read_bytes()
+    cut = content.index(b"\x08\x00\x08\x00CS")  # before ImageType
+    charset = b"\x08\x00\x05\x00CS\x0a\x00MARKED-773"
+    case.files[0].write_bytes(content[:cut] + charset + content[cut:])
     read_files(case.files)
-    assert "MARK" not in caplog.text + "".join(str(w.message) for w in recwarn)
+    assert "MARKED" not in caplog.text + "".join(str(w.message) for w in recwarn)
 
 
 # --- compressed transfer syntaxes
