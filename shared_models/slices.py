@@ -28,7 +28,7 @@ from shared_models import frames
 from shared_models.reasons import Fault, Reason
 
 # pydicom's warnings quote what a header says, which may be a patient's.
-logging.getLogger("pydicom").propagate = False
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 
 #: Modalities whose images have no place in the patient (PS3.3 C.7.3.1.1.1).
 PROJECTIONS = ("CR", "DX", "IO", "MG", "PX", "RG")
