@@ -7,7 +7,7 @@ Design: arrays see arithmetic and square roots only, whose results are the same 
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ TEXTURE_HU = 6.0
 
 Volume = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.uint8]
+Box = tuple[slice, slice, slice]
 
 
 class Grid(NamedTuple):
@@ -104,20 +105,27 @@ def draw_scan(
 
     hu = np.full((grid.num_slices, grid.size, grid.size), AIR_HU, np.float32)
     for ellipse in BODY:
-        hu = _paint(hu, _cover(grid, place(ellipse)), hu=ellipse.hu)
+        _paint(hu, *_cover(grid, place(ellipse)), hu=ellipse.hu)
     lobe = place(RIGHT_LOBE)
-    organ = np.maximum(_cover(grid, lobe), _cover(grid, place(LEFT_LOBE)))
+    organ = np.zeros_like(hu)
+    for part in (lobe, place(LEFT_LOBE)):
+        box, covered = _cover(grid, part)
+        np.maximum(organ[box], covered, out=organ[box])
     organ_hu = profile.organ_hu + rng.uniform(-10, 10)
-    hu = _paint(hu, organ, hu=organ_hu + TEXTURE_HU * _texture(grid, rng))
+    inside = _box(organ)
+    texture = organ_hu + TEXTURE_HU * _texture(grid, rng)
+    _paint(hu, inside, organ[inside], hu=texture[inside])
     for _ in range(NUM_VESSELS):
         vessel = _draw_blob(lobe, rng, radius_mm=rng.uniform(2.5, 4.5))
-        hu = _paint(hu, _cover(grid, vessel) * organ, hu=organ_hu + VESSEL_HU)
+        box, covered = _cover(grid, vessel)
+        _paint(hu, box, covered * organ[box], hu=organ_hu + VESSEL_HU)
     labels = np.where(organ >= 0.5, ORGAN, BACKGROUND).astype(np.uint8)
     if has_lesion:
         lesion = _draw_blob(lobe, lesion_rng, radius_mm=lesion_rng.uniform(*LESION_RADIUS_MM))
-        covered = _cover(grid, lesion) * organ
-        hu = _paint(hu, covered, hu=organ_hu + LESION_HU)
-        labels[covered >= 0.5] = LESION
+        box, covered = _cover(grid, lesion)
+        covered = covered * organ[box]
+        _paint(hu, box, covered, hu=organ_hu + LESION_HU)
+        labels[box][covered >= 0.5] = LESION
     return Scan(_acquire(hu, profile, rng=rng), labels)
 
 
@@ -152,23 +160,45 @@ def _draw_blob(host: Ellipse, rng: np.random.Generator, *, radius_mm: float) -> 
     )
 
 
-def _cover(grid: Grid, ellipse: Ellipse) -> Volume:
-    """Return how much of each voxel lies inside, 0 to 1, (z, y, x)."""
+def _cover(grid: Grid, ellipse: Ellipse) -> tuple[Box, Volume]:
+    """Return a box and how much of each voxel in it lies inside, 0 to 1; outside it none does."""
     at_mm = (np.arange(grid.size) - (grid.size - 1) / 2) * grid.spacing_mm
     u = np.linspace(-1, 1, grid.num_slices)[:, None]
     growth = 1 + ellipse.slope * u - ellipse.taper * u * u
     a, b = ellipse.half_mm[0] * growth, ellipse.half_mm[1] * growth
-    x = (at_mm - ellipse.centre_mm[0] - u * ellipse.drift_mm[0]) / a  # (z, x)
-    y = (at_mm - ellipse.centre_mm[1] - u * ellipse.drift_mm[1]) / b  # (z, y)
-    radius = np.sqrt((x * x).astype(np.float32)[:, None] + (y * y).astype(np.float32)[:, :, None])
+    x_mm, y_mm = (c + u * d for c, d in zip(ellipse.centre_mm, ellipse.drift_mm, strict=True))
+    columns = _reach(at_mm, x_mm, a * (1 + grid.spacing_mm / np.minimum(a, b)))
+    rows = _reach(at_mm, y_mm, b * (1 + grid.spacing_mm / np.minimum(a, b)))
+    x = (at_mm[columns] - ellipse.centre_mm[0] - u * ellipse.drift_mm[0]) / a  # (z, x)
+    y = (at_mm[rows] - ellipse.centre_mm[1] - u * ellipse.drift_mm[1]) / b  # (z, y)
+    radius = (x * x).astype(np.float32)[:, None] + (y * y).astype(np.float32)[:, :, None]
+    np.sqrt(radius, out=radius)
     edge = (np.minimum(a, b) / grid.spacing_mm).astype(np.float32)[:, :, None]
-    covered: Volume = np.clip((1 - radius) * edge + np.float32(0.5), 0, 1)
-    return covered
+    covered: Volume = np.subtract(1, radius, out=radius)
+    covered *= edge
+    covered += np.float32(0.5)
+    return (slice(None), rows, columns), np.clip(covered, 0, 1, out=covered)
 
 
-def _paint(volume: Volume, covered: Volume, *, hu: float | Volume) -> Volume:
-    painted: Volume = volume + covered * (np.float32(hu) - volume)
-    return painted
+def _reach(at_mm: Any, centre_mm: Any, half_mm: Any) -> slice:
+    """Return the indices between the lowest and the highest point of an ellipse, in any slice."""
+    lowest, highest = (centre_mm - half_mm).min(), (centre_mm + half_mm).max()
+    return slice(*np.searchsorted(at_mm, (lowest, highest)))
+
+
+def _box(covered: Volume) -> Box:
+    """Return the rows and columns in which anything is covered."""
+    rows, columns = (np.flatnonzero(covered.any(axis=axes)) for axes in ((0, 2), (0, 1)))
+    if not rows.size:
+        return slice(None), slice(0, 0), slice(0, 0)
+    return slice(None), slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+
+
+def _paint(volume: Volume, box: Box, covered: Volume, *, hu: float | Volume) -> None:
+    part = volume[box]
+    change = np.float32(hu) - part
+    change *= covered
+    part += change
 
 
 def _texture(grid: Grid, rng: np.random.Generator) -> Volume:
