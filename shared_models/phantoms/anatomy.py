@@ -85,6 +85,18 @@ class Scan(NamedTuple):
     labels: Labels
 
 
+class Build(NamedTuple):
+    """How much bodies differ: the range of their size, and how far off the centre they lie."""
+
+    scale: tuple[float, float]
+    shift_mm: tuple[float, float]
+
+
+USUAL = Build((0.9, 1.06), (8.0, 6.0))
+#: Bodies that lie anywhere: where an organ is cannot be guessed from where it usually is.
+ANYWHERE = Build((0.72, 1.0), (32.0, 28.0))
+
+
 def draw_scan(
     profile: HospitalProfile,
     grid: Grid,
@@ -97,8 +109,24 @@ def draw_scan(
 
     The lesion has a generator of its own, so that a patient is the same person with and without.
     """
-    scale = rng.uniform(0.9, 1.06)
-    shift_mm = (rng.uniform(-8, 8), rng.uniform(-6, 6))
+    scan = draw_body(profile, grid, has_lesion=has_lesion, rng=rng, lesion_rng=lesion_rng)
+    return scan._replace(hu=_acquire(scan.hu, profile, rng=rng))
+
+
+def draw_body(
+    profile: HospitalProfile,
+    grid: Grid,
+    *,
+    has_lesion: bool,
+    rng: np.random.Generator,
+    lesion_rng: np.random.Generator,
+    build: Build = USUAL,
+    lesion_growth: float = 1.0,
+) -> Scan:
+    """Return the patient as no scanner sees one: without noise."""
+    scale = rng.uniform(*build.scale)
+    x_mm, y_mm = build.shift_mm
+    shift_mm = (rng.uniform(-x_mm, x_mm), rng.uniform(-y_mm, y_mm))
 
     def place(ellipse: Ellipse) -> Ellipse:
         return _place(_vary(ellipse, rng), scale=scale, shift_mm=shift_mm)
@@ -113,20 +141,21 @@ def draw_scan(
         np.maximum(organ[box], covered, out=organ[box])
     organ_hu = profile.organ_hu + rng.uniform(-10, 10)
     inside = _box(organ)
-    texture = organ_hu + TEXTURE_HU * _texture(grid, rng)
-    _paint(hu, inside, organ[inside], hu=texture[inside])
+    texture = _texture(grid, rng, inside)
+    _paint(hu, inside, organ[inside], hu=organ_hu + TEXTURE_HU * texture)
     for _ in range(NUM_VESSELS):
         vessel = _draw_blob(lobe, rng, radius_mm=rng.uniform(2.5, 4.5))
         box, covered = _cover(grid, vessel)
         _paint(hu, box, covered * organ[box], hu=organ_hu + VESSEL_HU)
     labels = np.where(organ >= 0.5, ORGAN, BACKGROUND).astype(np.uint8)
     if has_lesion:
-        lesion = _draw_blob(lobe, lesion_rng, radius_mm=lesion_rng.uniform(*LESION_RADIUS_MM))
+        radius_mm = lesion_growth * lesion_rng.uniform(*LESION_RADIUS_MM)
+        lesion = _draw_blob(lobe, lesion_rng, radius_mm=radius_mm)
         box, covered = _cover(grid, lesion)
         covered = covered * organ[box]
         _paint(hu, box, covered, hu=organ_hu + LESION_HU)
         labels[box][covered >= 0.5] = LESION
-    return Scan(_acquire(hu, profile, rng=rng), labels)
+    return Scan(hu, labels)
 
 
 def _vary(ellipse: Ellipse, rng: np.random.Generator) -> Ellipse:
@@ -201,20 +230,31 @@ def _paint(volume: Volume, box: Box, covered: Volume, *, hu: float | Volume) -> 
     part += change
 
 
-def _texture(grid: Grid, rng: np.random.Generator) -> Volume:
+def _texture(grid: Grid, rng: np.random.Generator, box: Box) -> Volume:
     """Return smooth blotches of about four pixels, mean 0 and standard deviation about 1."""
     coarse = -(-grid.size // 4)
     blotches = rng.standard_normal((grid.num_slices, coarse, coarse), np.float32)
-    fine = blotches.repeat(4, axis=1).repeat(4, axis=2)[:, : grid.size, : grid.size]
-    return _filter(fine, 0.25)
+    rows, columns = (np.arange(s.start - 1, s.stop + 1).clip(0, grid.size - 1) for s in box[1:])
+    fine = blotches[:, (rows // 4)[:, None], columns // 4]
+    return _filter(fine, 0.25)[:, 1:-1, 1:-1]
 
 
 def _acquire(hu: Volume, profile: HospitalProfile, *, rng: np.random.Generator) -> Volume:
     """Return the picture as the scanner sees it: filtered, with noise of the profile's strength."""
+    return _filter(hu + _noise(hu.shape, profile, rng), profile.kernel_weight)
+
+
+def draw_noise(
+    shape: tuple[int, ...], profile: HospitalProfile, rng: np.random.Generator
+) -> Volume:
+    """Return noise as the scanner's kernel leaves it, in HU."""
+    return _filter(_noise(shape, profile, rng), profile.kernel_weight)
+
+
+def _noise(shape: tuple[int, ...], profile: HospitalProfile, rng: np.random.Generator) -> Volume:
     weight = profile.kernel_weight
     gain = (1 - 2 * weight) ** 2 + 2 * weight**2  # of white noise filtered along two axes
-    noise = rng.standard_normal(hu.shape, np.float32) * np.float32(profile.noise_hu / gain)
-    return _filter(hu + noise, weight)
+    return rng.standard_normal(shape, np.float32) * np.float32(profile.noise_hu / gain)
 
 
 def _filter(volume: Volume, weight: float) -> Volume:
