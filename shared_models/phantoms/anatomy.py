@@ -7,7 +7,7 @@ Design: arrays see arithmetic and square roots only, whose results are the same 
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ TEXTURE_HU = 6.0
 
 Volume = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.uint8]
+Box = tuple[slice, slice, slice]
 
 
 class Grid(NamedTuple):
@@ -84,6 +85,18 @@ class Scan(NamedTuple):
     labels: Labels
 
 
+class Build(NamedTuple):
+    """How much bodies differ: the range of their size, and how far off the centre they lie."""
+
+    scale: tuple[float, float]
+    shift_mm: tuple[float, float]
+
+
+USUAL = Build((0.9, 1.06), (8.0, 6.0))
+#: Bodies that lie anywhere: where an organ is cannot be guessed from where it usually is.
+ANYWHERE = Build((0.72, 1.0), (32.0, 28.0))
+
+
 def draw_scan(
     profile: HospitalProfile,
     grid: Grid,
@@ -96,29 +109,53 @@ def draw_scan(
 
     The lesion has a generator of its own, so that a patient is the same person with and without.
     """
-    scale = rng.uniform(0.9, 1.06)
-    shift_mm = (rng.uniform(-8, 8), rng.uniform(-6, 6))
+    scan = draw_body(profile, grid, has_lesion=has_lesion, rng=rng, lesion_rng=lesion_rng)
+    return scan._replace(hu=_acquire(scan.hu, profile, rng=rng))
+
+
+def draw_body(
+    profile: HospitalProfile,
+    grid: Grid,
+    *,
+    has_lesion: bool,
+    rng: np.random.Generator,
+    lesion_rng: np.random.Generator,
+    build: Build = USUAL,
+    lesion_growth: float = 1.0,
+) -> Scan:
+    """Return the patient as no scanner sees one: without noise."""
+    scale = rng.uniform(*build.scale)
+    x_mm, y_mm = build.shift_mm
+    shift_mm = (rng.uniform(-x_mm, x_mm), rng.uniform(-y_mm, y_mm))
 
     def place(ellipse: Ellipse) -> Ellipse:
         return _place(_vary(ellipse, rng), scale=scale, shift_mm=shift_mm)
 
     hu = np.full((grid.num_slices, grid.size, grid.size), AIR_HU, np.float32)
     for ellipse in BODY:
-        hu = _paint(hu, _cover(grid, place(ellipse)), hu=ellipse.hu)
+        _paint(hu, *_cover(grid, place(ellipse)), hu=ellipse.hu)
     lobe = place(RIGHT_LOBE)
-    organ = np.maximum(_cover(grid, lobe), _cover(grid, place(LEFT_LOBE)))
+    organ = np.zeros_like(hu)
+    for part in (lobe, place(LEFT_LOBE)):
+        box, covered = _cover(grid, part)
+        np.maximum(organ[box], covered, out=organ[box])
     organ_hu = profile.organ_hu + rng.uniform(-10, 10)
-    hu = _paint(hu, organ, hu=organ_hu + TEXTURE_HU * _texture(grid, rng))
+    inside = _box(organ)
+    texture = _texture(grid, rng, inside)
+    _paint(hu, inside, organ[inside], hu=organ_hu + TEXTURE_HU * texture)
     for _ in range(NUM_VESSELS):
         vessel = _draw_blob(lobe, rng, radius_mm=rng.uniform(2.5, 4.5))
-        hu = _paint(hu, _cover(grid, vessel) * organ, hu=organ_hu + VESSEL_HU)
+        box, covered = _cover(grid, vessel)
+        _paint(hu, box, covered * organ[box], hu=organ_hu + VESSEL_HU)
     labels = np.where(organ >= 0.5, ORGAN, BACKGROUND).astype(np.uint8)
     if has_lesion:
-        lesion = _draw_blob(lobe, lesion_rng, radius_mm=lesion_rng.uniform(*LESION_RADIUS_MM))
-        covered = _cover(grid, lesion) * organ
-        hu = _paint(hu, covered, hu=organ_hu + LESION_HU)
-        labels[covered >= 0.5] = LESION
-    return Scan(_acquire(hu, profile, rng=rng), labels)
+        radius_mm = lesion_growth * lesion_rng.uniform(*LESION_RADIUS_MM)
+        lesion = _draw_blob(lobe, lesion_rng, radius_mm=radius_mm)
+        box, covered = _cover(grid, lesion)
+        covered = covered * organ[box]
+        _paint(hu, box, covered, hu=organ_hu + LESION_HU)
+        labels[box][covered >= 0.5] = LESION
+    return Scan(hu, labels)
 
 
 def _vary(ellipse: Ellipse, rng: np.random.Generator) -> Ellipse:
@@ -152,39 +189,72 @@ def _draw_blob(host: Ellipse, rng: np.random.Generator, *, radius_mm: float) -> 
     )
 
 
-def _cover(grid: Grid, ellipse: Ellipse) -> Volume:
-    """Return how much of each voxel lies inside, 0 to 1, (z, y, x)."""
+def _cover(grid: Grid, ellipse: Ellipse) -> tuple[Box, Volume]:
+    """Return a box and how much of each voxel in it lies inside, 0 to 1; outside it none does."""
     at_mm = (np.arange(grid.size) - (grid.size - 1) / 2) * grid.spacing_mm
     u = np.linspace(-1, 1, grid.num_slices)[:, None]
     growth = 1 + ellipse.slope * u - ellipse.taper * u * u
     a, b = ellipse.half_mm[0] * growth, ellipse.half_mm[1] * growth
-    x = (at_mm - ellipse.centre_mm[0] - u * ellipse.drift_mm[0]) / a  # (z, x)
-    y = (at_mm - ellipse.centre_mm[1] - u * ellipse.drift_mm[1]) / b  # (z, y)
-    radius = np.sqrt((x * x).astype(np.float32)[:, None] + (y * y).astype(np.float32)[:, :, None])
+    x_mm, y_mm = (c + u * d for c, d in zip(ellipse.centre_mm, ellipse.drift_mm, strict=True))
+    columns = _reach(at_mm, x_mm, a * (1 + grid.spacing_mm / np.minimum(a, b)))
+    rows = _reach(at_mm, y_mm, b * (1 + grid.spacing_mm / np.minimum(a, b)))
+    x = (at_mm[columns] - ellipse.centre_mm[0] - u * ellipse.drift_mm[0]) / a  # (z, x)
+    y = (at_mm[rows] - ellipse.centre_mm[1] - u * ellipse.drift_mm[1]) / b  # (z, y)
+    radius = (x * x).astype(np.float32)[:, None] + (y * y).astype(np.float32)[:, :, None]
+    np.sqrt(radius, out=radius)
     edge = (np.minimum(a, b) / grid.spacing_mm).astype(np.float32)[:, :, None]
-    covered: Volume = np.clip((1 - radius) * edge + np.float32(0.5), 0, 1)
-    return covered
+    covered: Volume = np.subtract(1, radius, out=radius)
+    covered *= edge
+    covered += np.float32(0.5)
+    return (slice(None), rows, columns), np.clip(covered, 0, 1, out=covered)
 
 
-def _paint(volume: Volume, covered: Volume, *, hu: float | Volume) -> Volume:
-    painted: Volume = volume + covered * (np.float32(hu) - volume)
-    return painted
+def _reach(at_mm: Any, centre_mm: Any, half_mm: Any) -> slice:
+    """Return the indices between the lowest and the highest point of an ellipse, in any slice."""
+    lowest, highest = (centre_mm - half_mm).min(), (centre_mm + half_mm).max()
+    return slice(*np.searchsorted(at_mm, (lowest, highest)))
 
 
-def _texture(grid: Grid, rng: np.random.Generator) -> Volume:
+def _box(covered: Volume) -> Box:
+    """Return the rows and columns in which anything is covered."""
+    rows, columns = (np.flatnonzero(covered.any(axis=axes)) for axes in ((0, 2), (0, 1)))
+    if not rows.size:
+        return slice(None), slice(0, 0), slice(0, 0)
+    return slice(None), slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+
+
+def _paint(volume: Volume, box: Box, covered: Volume, *, hu: float | Volume) -> None:
+    part = volume[box]
+    change = np.float32(hu) - part
+    change *= covered
+    part += change
+
+
+def _texture(grid: Grid, rng: np.random.Generator, box: Box) -> Volume:
     """Return smooth blotches of about four pixels, mean 0 and standard deviation about 1."""
     coarse = -(-grid.size // 4)
     blotches = rng.standard_normal((grid.num_slices, coarse, coarse), np.float32)
-    fine = blotches.repeat(4, axis=1).repeat(4, axis=2)[:, : grid.size, : grid.size]
-    return _filter(fine, 0.25)
+    rows, columns = (np.arange(s.start - 1, s.stop + 1).clip(0, grid.size - 1) for s in box[1:])
+    fine = blotches[:, (rows // 4)[:, None], columns // 4]
+    return _filter(fine, 0.25)[:, 1:-1, 1:-1]
 
 
 def _acquire(hu: Volume, profile: HospitalProfile, *, rng: np.random.Generator) -> Volume:
     """Return the picture as the scanner sees it: filtered, with noise of the profile's strength."""
+    return _filter(hu + _noise(hu.shape, profile, rng), profile.kernel_weight)
+
+
+def draw_noise(
+    shape: tuple[int, ...], profile: HospitalProfile, rng: np.random.Generator
+) -> Volume:
+    """Return noise as the scanner's kernel leaves it, in HU."""
+    return _filter(_noise(shape, profile, rng), profile.kernel_weight)
+
+
+def _noise(shape: tuple[int, ...], profile: HospitalProfile, rng: np.random.Generator) -> Volume:
     weight = profile.kernel_weight
     gain = (1 - 2 * weight) ** 2 + 2 * weight**2  # of white noise filtered along two axes
-    noise = rng.standard_normal(hu.shape, np.float32) * np.float32(profile.noise_hu / gain)
-    return _filter(hu + noise, weight)
+    return rng.standard_normal(shape, np.float32) * np.float32(profile.noise_hu / gain)
 
 
 def _filter(volume: Volume, weight: float) -> Volume:

@@ -1,4 +1,4 @@
-"""Stores a phantom the way a hospital would: CT Image Storage, and its labels as NIfTI."""
+"""Stores a phantom the way a hospital would: CT or MR Image Storage, and its labels as NIfTI."""
 
 import datetime
 import gzip
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from pydicom import Dataset, dcmwrite
 from pydicom.dataset import FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, MRImageStorage
 
 from shared_models.phantoms.anatomy import Grid, Labels, Volume
 from shared_models.phantoms.profiles import HospitalProfile
@@ -36,7 +36,7 @@ def write_series(
     folder.mkdir(parents=True)
     stored = _encode(hu, profile)
     order = range(grid.num_slices)
-    dataset = _describe_series(grid, profile, patient=patient, seed=seed)
+    dataset = describe_series(grid, profile, patient=patient, seed=seed)
     for number, z in enumerate(reversed(order) if profile.is_top_first else order, start=1):
         uid = make_uid(seed, patient, "instance", number)
         height_mm = round(grid.origin_mm[2] + z * grid.thickness_mm, 3)
@@ -75,19 +75,38 @@ def _encode(hu: Volume, profile: HospitalProfile) -> Stored:
     return stored
 
 
-def _describe_series(grid: Grid, profile: HospitalProfile, *, patient: str, seed: int) -> Dataset:
-    """Return what all slices of a series share (PS3.3 A.3, CT Image IOD)."""
+def describe_series(grid: Grid, profile: HospitalProfile, *, patient: str, seed: int) -> Dataset:
+    """Return what all slices of a series share (PS3.3 A.3 and A.4, CT and MR Image IOD)."""
     dataset = Dataset()
-    dataset.file_meta = _describe_file()
+    is_mr = profile.Modality == "MR"
+    dataset.file_meta = _describe_file(MRImageStorage if is_mr else CTImageStorage)
     _add_patient_and_study(dataset, patient, seed=seed)
     _add_series_and_equipment(dataset, profile, patient=patient, seed=seed)
     _add_picture(dataset, grid, profile=profile)
+    if is_mr:
+        _add_mr(dataset, profile)
     return dataset
 
 
-def _describe_file() -> FileMetaDataset:
+def _add_mr(dataset: Dataset, profile: HospitalProfile) -> None:
+    """Make the description one of an MR image, whose values have no unit (PS3.3 C.8.3.1)."""
+    for keyword in ("RescaleSlope", "RescaleIntercept", "RescaleType", "KVP", "ConvolutionKernel"):
+        delattr(dataset, keyword)
+    dataset.SOPClassUID = MRImageStorage
+    dataset.Modality = "MR"
+    dataset.ImageType = ["ORIGINAL", "PRIMARY", "M"]
+    dataset.ScanningSequence, dataset.SequenceVariant, dataset.ScanOptions = "GR", "SP", ""
+    dataset.MRAcquisitionType = "3D"
+    is_t2 = profile.ConvolutionKernel == "T2"
+    dataset.RepetitionTime, dataset.EchoTime = (2500, 90) if is_t2 else (9.1, 4.6)
+    dataset.EchoTrainLength, dataset.FlipAngle = 1, 90 if is_t2 else 8
+    dataset.MagneticFieldStrength = 1.5
+    dataset.WindowCenter, dataset.WindowWidth = 500, 1000
+
+
+def _describe_file(sop_class: str) -> FileMetaDataset:
     meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = CTImageStorage
+    meta.MediaStorageSOPClassUID = UID(sop_class)
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.ImplementationClassUID = make_uid("consilia", "phantoms")
     meta.ImplementationVersionName = "CONSILIA PHANTOM"

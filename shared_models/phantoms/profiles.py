@@ -16,6 +16,8 @@ class HospitalProfile(NamedTuple):
         is_signed: PixelRepresentation 1 (signed) or 0 (unsigned).
         is_top_first: True if the first file of a series is its topmost slice.
         lesion_fraction: Share of patients with a lesion, exact in every 20 consecutive patients.
+        Modality: CT, or MR, whose signal has no unit.
+        bias_field: How much stronger an MR signal is at one edge of the picture than at the other.
     """
 
     name: str
@@ -35,6 +37,8 @@ class HospitalProfile(NamedTuple):
     is_top_first: bool
     lesion_fraction: float
     num_patients: int
+    Modality: str = "CT"
+    bias_field: float = 0.0
 
 
 HOSPITALS: tuple[HospitalProfile, ...] = (
@@ -96,3 +100,27 @@ HOSPITALS: tuple[HospitalProfile, ...] = (
         num_patients=220,
     ),
 )
+
+#: The fourth vendor: MR, with a bias field. Its pictures and those of HOSPITALS are unlike in kind.
+MR_HOSPITAL = HospitalProfile(
+    name="harbour",
+    Manufacturer="Philips Medical Systems",
+    ManufacturerModelName="Ingenia Phantom",
+    StationName="HARBMR1",
+    ConvolutionKernel="T1",
+    field_of_view_mm=320.0,
+    slice_thickness_mm=4.0,
+    noise_hu=14.0,
+    kernel_weight=0.1,
+    organ_hu=95.0,
+    RescaleSlope=1.0,
+    RescaleIntercept=0.0,
+    BitsStored=12,
+    is_signed=False,
+    is_top_first=False,
+    lesion_fraction=0.5,
+    num_patients=100,
+    Modality="MR",
+    bias_field=0.35,
+)
+VENDORS = (*HOSPITALS, MR_HOSPITAL)

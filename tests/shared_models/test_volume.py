@@ -139,7 +139,7 @@ def test_a_truncated_png_is_refused_without_a_word_of_it(tmp_path: Path, share: 
 def test_garbage_of_any_name_is_refused_without_a_word_of_it(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"{MARK}{suffix}"
     file.write_bytes(MARK.encode() * 100)
-    assert "cannot read the image" in refusal(file)
+    assert refusal(file).startswith(("cannot read the image", "a file is no DICOM"))
 
 
 def test_a_missing_file_is_told_without_its_name(tmp_path: Path) -> None:
@@ -299,10 +299,19 @@ def test_negative_stored_values_stay_negative(tmp_path: Path) -> None:
     assert np.array_equal(volume.data[0], signed.astype(np.float32))
 
 
-def test_monochrome1_is_turned_upright(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [10, 16])
+def test_a_monochrome1_film_is_turned_within_what_its_bits_can_hold(
+    tmp_path: Path, bits: int
+) -> None:
+    stored = {"BitsStored": bits, "HighBit": bits - 1}
+    film = dicom_slice(GREY, Modality="DX", PhotometricInterpretation="MONOCHROME1", **stored)
+    volume = read_volume(write(tmp_path / "film.dcm", film))
+    assert np.array_equal(volume.data[0], 2**bits - 1 - GREY.astype(np.float32))
+
+
+def test_monochrome1_hounsfield_units_are_refused(tmp_path: Path) -> None:
     inverted = dicom_slice(GREY, PhotometricInterpretation="MONOCHROME1")
-    volume = read_volume(write(tmp_path / "film.dcm", inverted))
-    assert np.array_equal(volume.data[0], GREY.max() + GREY.min() - GREY.astype(np.float32))
+    assert "MONOCHROME1" in refusal(write(tmp_path / f"{MARK}.dcm", inverted))
 
 
 def test_a_coloured_capture_is_refused(tmp_path: Path) -> None:
@@ -362,30 +371,6 @@ def test_a_real_ct_series_is_read_in_hounsfield_units(
     assert volume.spacing_mm[0] == pytest.approx(np.diff(heights).mean(), abs=1e-3)
     assert volume.spacing_mm[1:] == pytest.approx([float(v) for v in datasets[0].PixelSpacing])
     assert -1100 <= volume.data.min() < -900  # air
-
-
-def test_real_transfer_syntaxes_that_can_be_decoded_agree(real: Callable[..., Path]) -> None:
-    files = sorted(real("dicom", "mr_siemens_trio_9_transfer_syntaxes").rglob("*.dcm"))
-    read = []
-    for file in files:
-        try:
-            read.append(read_volume(file))
-        except DataError as error:
-            assert "cannot read the image" in str(error)
-    assert len(read) >= 4
-    for volume in read[1:]:
-        assert np.array_equal(volume.data, read[0].data)
-        assert np.allclose(volume.affine, read[0].affine)
-
-
-@pytest.mark.parametrize(
-    "folder", ["ct_philips_burned_in_summary", "mr_siemens_vida_enhanced_multiframe"]
-)
-def test_real_dicom_that_is_no_plain_slice_is_refused(
-    real: Callable[..., Path], folder: str
-) -> None:
-    for file in sorted(real("dicom", folder).rglob("*.dcm")):
-        refusal(file)
 
 
 def test_real_nifti_labels_lie_on_the_grid_of_their_images(real: Callable[..., Path]) -> None:
