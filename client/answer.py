@@ -7,6 +7,7 @@ site's own log.
 Guarantees:
     An order to train given again is answered with the same bytes for nothing, or charged again.
     A reply to training that cannot be kept on disk and committed does not leave.
+    What was made for a study whose approval was withdrawn meanwhile does not leave.
     What cannot be written in the journal does not leave.
 """
 
@@ -156,14 +157,31 @@ def answer(letter: Letter, site: Site) -> Letter:
     """Return the site's reply to ``letter``, once it stands in the journal."""
     said = _judged(letter, site)
     event = journal.event_of_letter(said)
+    order = _unknown_order(site).model_copy(
+        update={"study": event.study, "round_": event.round_, "kind": event.order_kind}
+    )
     try:
-        journal.append(site.book, event)  # a refusal may be of a ledger that cannot be read
+        return _noted(said, order, site)
     except Exception as error:
         log.error("the journal cannot be written: %s; nothing leaves", type(error).__name__)
-        order = _unknown_order(site).model_copy(
-            update={"study": event.study, "round_": event.round_, "kind": event.order_kind}
-        )
         return seal(refusal(order, "failed"), key=site.key)
+
+
+def _noted(said: Letter, order: RoundOrder, site: Site) -> Letter:
+    """Write down what is to leave: ``said``, or a refusal if its study is approved no more."""
+
+    def check() -> None:
+        if studies.approved(order.study, site.config, key=site.key) is None:
+            raise Refused("not-approved", "the approval was withdrawn meanwhile")
+
+    try:
+        if said.kind == "reply":
+            journal.append(site.book, journal.event_of_letter(said), check=check)
+            return said
+    except Refused as refused:
+        log.warning("round %d refused (%s): %s", order.round_, refused.code, refused)
+        said = seal(refusal(order, refused.code), key=site.key)
+    journal.append(site.book, journal.event_of_letter(said))  # its ledger may be unreadable
     return said
 
 

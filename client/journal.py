@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -86,15 +86,28 @@ class Book(NamedTuple):
         return self.state_dir / FILE
 
 
-def append(book: Book, event: Event) -> JournalLine:
+def append(book: Book, event: Event, *, check: Callable[[], None] = lambda: None) -> JournalLine:
     """Write ``event`` down, durably, as the journal's next entry.
+
+    ``check`` is called while nobody else can write; nothing is written if it raises.
 
     Raises:
         DocumentError: if the journal's last line cannot be read or is not this site's own.
         OSError: if it cannot be written.
     """
     with _locked(book):
+        check()
         return _append(book, event)
+
+
+def last(book: Book) -> JournalLine:
+    """Return the journal's last line, the first one if there was none before.
+
+    Raises:
+        DocumentError: if it cannot be read or is not this site's own.
+    """
+    with _locked(book):
+        return _last(book)
 
 
 def catch_up(book: Book) -> None:

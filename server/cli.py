@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, date, datetime
@@ -126,6 +128,29 @@ def revoke(
 
     offices.revoke(offices.read(office), site)
     print(f"{site} is revoked; to let it in again, invite it anew: it makes new keys then")
+
+
+@app.command()
+def serve(
+    office: Annotated[Path, typer.Argument(help="The coordinator's office.")] = Path(),
+) -> None:
+    """Answer hospitals on the control and the enrolment port until stopped (Ctrl-C or SIGTERM)."""
+    from server import control, desk
+    from server import office as offices
+    from shared_models.contracts import Bulletin, Visit
+
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    home = offices.read(office)
+
+    def visit(site: str, told: Visit) -> Bulletin:
+        found = desk.Desk(home.folder, home.key, offices.enrolled(home))
+        return desk.visit(found, told, site=site, today=_today())
+
+    with _stopping() as stop, control.serve(home, visit=visit) as ports:
+        print(f"control on port {ports.control}, enrolment on port {ports.enrolment}", flush=True)
+        stop.wait()
 
 
 @app.command()
@@ -348,6 +373,19 @@ def _progress() -> Iterator[_Bars]:
         shown = _Bars(bars, console)
         yield shown
         shown._close()
+
+
+@contextmanager
+def _stopping() -> Iterator[threading.Event]:
+    """Let Ctrl-C and SIGTERM set an event, instead of ending the process where it stands."""
+    stop = threading.Event()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

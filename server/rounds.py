@@ -140,8 +140,11 @@ def run(
     validate: Validate,
     since: Progress | None = None,
     attempts: Attempts = count_anew,
+    still: Callable[[Consortium], Consortium] = lambda consortium: consortium,
 ) -> Iterator[Round]:
     """Yield each training round of ``plan`` in turn, starting from ``weights``.
+
+    Before each round ``still`` says who of the consortium takes part in it.
 
     A run that was interrupted goes on ``since`` the last round it finished. A site uses a mask only
     once, so ``attempts`` must then remember those before; without masks a round asked again is the
@@ -158,7 +161,7 @@ def run(
             weights,
             ask,
             round_=round_,
-            consortium=consortium,
+            consortium=still(consortium),
             strategy=strategy,
             state=state,
             attempts=attempts,

@@ -139,7 +139,8 @@ def _rounds(
     tail += [("alone", first)] if plan.compare_alone else []
     for kind, sent in tail:
         if kind not in {record.kind for record in done}:
-            record = rounds.ask_all(plan, sent, ask, kind=kind, consortium=consortium)
+            present = still_approving(run_dir, consortium)
+            record = rounds.ask_all(plan, sent, ask, kind=kind, consortium=present)
             store.append_round(run_dir, record)
     return weights
 
@@ -168,11 +169,33 @@ def _trained(
         validate=lambda new: validate(validator, new),
         since=since,
         attempts=store.attempts(run_dir),
+        still=lambda begun: still_approving(run_dir, begun),
     ):
         weights = round_.released
         store.commit_round(run_dir, round_.record, round_.progress)
         log.info("round %d: %d sites", round_.record.round_ + 1, len(round_.record.replies))
     return weights
+
+
+def still_approving(run_dir: Path, consortium: Consortium) -> Consortium:
+    """Return who of ``consortium`` approves of the plan now, by the countersignatures on file.
+
+    Raises:
+        RunError: if the plan has expired, or fewer than its quorum are left.
+    """
+    signed, settings = store.read_plan(run_dir), store.read_settings(run_dir)
+    plan = signed.plan
+    if plan.expires < datetime.now(UTC).date():
+        raise RunError(f"the plan expired on {plan.expires}; propose a new one")
+    on_file = store.approvals(run_dir, signed, settings)
+    present = {site: key for site, key in consortium.sites.items() if site in on_file}
+    if len(present) < plan.rounds.quorum:
+        gone = ", ".join(sorted(consortium.sites.keys() - present)) or "nobody"
+        raise RunError(
+            f"{len(present)} sites still approve the plan, it needs {plan.rounds.quorum}; "
+            f"withdrawn: {gone}"
+        )
+    return consortium._replace(sites=present, approvals={site: on_file[site] for site in present})
 
 
 def _report(

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic import ValidationError
@@ -19,7 +19,9 @@ from shared_models import journal
 from shared_models import plan as plans
 from shared_models.contracts import (
     AuditReport,
+    Contract,
     Countersignature,
+    JournalLine,
     PrivacyStatement,
     ReleaseManifest,
     RoundRecord,
@@ -42,6 +44,7 @@ app = typer.Typer(
 )
 
 Finding = tuple[str, bool]
+AnyContract = TypeVar("AnyContract", bound=Contract)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
@@ -50,13 +53,15 @@ def verify(
     folder: Annotated[Path, typer.Argument(help="A finished run's folder, or a site's.")],
     key: Annotated[str | None, typer.Option(help="The public key a site has to sign with.")] = None,
     checkpoint: Annotated[
-        list[Path] | None, typer.Option(help="A site's signed checkpoint, kept elsewhere.")
+        list[Path] | None,
+        typer.Option(help="A site's signed checkpoint, kept elsewhere; .jsonl: one a line."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check a run: signatures, approvals, every epsilon, the model's digest. Exit 0: all hold.
 
-    Of a site (a folder with a site.toml): its journal and its ledger, one against the other.
+    Of a site (a folder with a site.toml): its journal, its ledger, its people's decisions and the
+    coordinator's receipts, one against the other.
     """
     if (folder / "site.toml").exists():
         found = audit_site(folder, key=key, checkpoints=tuple(checkpoint or ()))
@@ -116,21 +121,21 @@ def audit_run(run_dir: Path) -> AuditReport:
 def audit_site(
     site_dir: Path, *, key: str | None = None, checkpoints: tuple[Path, ...] = ()
 ) -> AuditReport:
-    """Return every check of a site's journal and ledger with its verdict.
+    """Return every check of a site's journal, ledger, decisions and receipts with its verdict.
 
     Raises:
-        DocumentError: if the site.toml, the journal or a checkpoint cannot be read at all.
+        DocumentError: if the site.toml, the journal, a decision, a receipt or a checkpoint cannot
+            be read at all.
         LedgerError: if the ledger cannot be read whole.
     """
     try:
         site = tomllib.loads(plans.read_text(site_dir / "site.toml"))
         name, state_dir = str(site["name"]), site_dir / str(site["state_dir"])
+        coordinator = str(site.get("coordinator", ""))
         content = (state_dir / journal.FILE).read_bytes()
-        charges = state_dir / "ledger.jsonl"
-        ledger = parse_ledger(charges.read_bytes() if charges.exists() else b"")
+        ledger = parse_ledger(_bytes(state_dir / "ledger.jsonl"))
     except (OSError, ValueError, LookupError) as error:
         raise DocumentError(f"cannot read the site's journal: {type(error).__name__}") from error
-    points = [_parsed(file, SignedCheckpoint.model_validate_json) for file in checkpoints]
     chain = journal.follow(content, key=key, site=name)
     whose = "the key the auditor gave" if key else "the key its first entry states"
     checks = {
@@ -139,15 +144,56 @@ def audit_site(
         ),
         "the journal and the ledger agree": list(journal.ledger_faults(chain.lines, ledger)),
     }
+    if chain.lines:
+        checks |= _decision_checks(state_dir, chain.lines)
+    receipts = _lines(state_dir / journal.RECEIPTS, journal.Receipted)
+    if receipts:
+        found = journal.receipt_faults(chain.lines, receipts, coordinator=coordinator, key=key)
+        checks[f"the journal holds all that {len(receipts)} receipts know of"] = list(found)
+    points = [point for file in checkpoints for point in _checkpoints(file)]
     if points:
-        found = list(journal.checkpoint_faults(chain.lines, points, key=key))
-        checks[f"the journal holds all that {len(points)} checkpoints know of"] = found
+        faults = list(journal.checkpoint_faults(chain.lines, points, key=key))
+        checks[f"the journal holds all that {len(points)} checkpoints know of"] = faults
     findings = [
         finding
         for text, faults in checks.items()
         for finding in ([(fault, False) for fault in faults] or [(text, True)])
     ]
     return _report(name, findings)
+
+
+def _decision_checks(state_dir: Path, lines: Sequence[JournalLine]) -> dict[str, list[str]]:
+    """Return what is wrong with the decisions kept at a site, under the check's name."""
+    faults, number = list[str](), 0
+    for folder in sorted((state_dir / "studies").glob("*/")):
+        decisions = _lines(folder / "decisions.jsonl", Countersignature)
+        file = folder / "approval.json"
+        standing = _parsed(file, Countersignature.model_validate_json) if file.exists() else None
+        number += len({*decisions, *([standing] if standing else [])})
+        faults += journal.decision_faults(
+            lines, folder.name, decisions=decisions, standing=standing
+        )
+    name = f"{number} decisions about studies are this site's and journalled"
+    return {name: faults} if number else {}
+
+
+def _checkpoints(file: Path) -> list[SignedCheckpoint]:
+    if file.suffix == ".jsonl":
+        return _lines(file, SignedCheckpoint)
+    return [_parsed(file, SignedCheckpoint.model_validate_json)]
+
+
+def _lines(file: Path, contract: type[AnyContract]) -> list[AnyContract]:
+    """Read whole lines; what stands after the last line end was never told to anybody."""
+    whole, _, _ = _bytes(file).rpartition(b"\n")
+    try:
+        return [contract.model_validate_json(line) for line in whole.splitlines()]
+    except ValidationError as error:
+        raise DocumentError(f"{file.name} cannot be read; restore it from a copy") from error
+
+
+def _bytes(file: Path) -> bytes:
+    return file.read_bytes() if file.exists() else b""
 
 
 def _report(subject: str, findings: list[Finding]) -> AuditReport:

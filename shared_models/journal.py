@@ -8,6 +8,9 @@ Guarantees:
     An entry signed by another key is found.
     A journal shorter than a checkpoint, or other than it, is found.
     A charge or a commit that stands in the ledger or in the journal alone is found.
+    A reply of a study that was refused or withdrawn, and not approved since, is found.
+    A decision on file that was not journalled, or that a later one overrules, is found.
+    A journal other than the one the coordinator gave a receipt for is found.
 
 Design: who holds the site's key can write a whole new journal that is right in itself. Against that
 there are only checkpoints that somebody else keeps, and a key that the auditor knows.
@@ -20,13 +23,34 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from shared_models.contracts import JournalEntry, JournalLine, SignedCheckpoint
+from shared_models.contracts import (
+    Contract,
+    Countersignature,
+    JournalEntry,
+    JournalLine,
+    PublicKey,
+    SignedCheckpoint,
+    SignedReceipt,
+)
 from shared_models.errors import DocumentError
 from shared_models.privacy import Ledger
 from shared_models.signing import canonical, digest, is_signed_by
 
-FILE = "journal.jsonl"
+FILE, RECEIPTS = "journal.jsonl", "receipts.jsonl"
 NOTHING = "0" * 64
+DECISIONS = ("approved", "refused", "withdrawn")
+
+_UNAPPROVED = {
+    "refused": "a reply of a study that was refused, and not approved since",
+    "withdrawn": "a reply of a study whose approval was withdrawn, and not given again since",
+}
+
+
+class Receipted(Contract):
+    """One line of a site's ``receipts.jsonl``: a checkpoint, and that the coordinator has it."""
+
+    checkpoint: SignedCheckpoint
+    receipt: SignedReceipt
 
 
 class Chain(NamedTuple):
@@ -71,6 +95,7 @@ def follow(content: bytes, *, key: str | None = None, site: str | None = None) -
     """
     *whole, torn = content.split(b"\n")
     lines: list[JournalLine] = []
+    decided: dict[str | None, str] = {}
     for index, raw in enumerate(whole):
         try:
             line = parse_line(raw, index=index)
@@ -78,8 +103,12 @@ def follow(content: bytes, *, key: str | None = None, site: str | None = None) -
             return Chain(tuple(lines), str(error))
         expected = key or (lines[0] if lines else line).entry.key or line.signature.key
         fault = _fault(line, lines[-1:], key=expected, site=site)
+        if fault is None and line.entry.kind == "reply" and line.entry.study in decided:
+            fault = _UNAPPROVED.get(decided[line.entry.study])
         if fault is not None:
             return Chain(tuple(lines), f"entry {index}: {fault}")
+        if line.entry.kind in DECISIONS:
+            decided[line.entry.study] = line.entry.kind
         lines.append(line)
     if torn:
         return Chain(tuple(lines), f"entry {len(lines)}: the last line is cut short")
@@ -132,6 +161,57 @@ def ledger_faults(lines: Sequence[JournalLine], ledger: Ledger) -> Iterator[str]
         is_private = entry.study in private and entry.order_kind != "evaluate"
         if entry.kind == "reply" and is_private and entry.digest not in sent:
             yield f"entry {entry.index}: a reply that the ledger did not commit"
+
+
+def receipt_faults(
+    lines: Sequence[JournalLine],
+    receipts: Iterable[Receipted],
+    *,
+    coordinator: PublicKey,
+    key: str | None = None,
+) -> Iterator[str]:
+    """Yield what keeps each receipt from being the coordinator's, of a point of this journal."""
+    for line in receipts:
+        point, receipt = line.checkpoint.checkpoint, line.receipt.receipt
+        at = f"entry {point.index}"
+        if not is_signed_by(receipt, line.receipt.signature, key=coordinator):
+            yield f"{at}: its receipt is not signed by the coordinator"
+        elif (receipt.site, receipt.checkpoint) != (point.site, digest(point)):
+            yield f"{at}: its receipt is of another checkpoint"
+        else:
+            yield from checkpoint_faults(lines, [line.checkpoint], key=key)
+
+
+def decision_faults(
+    lines: Sequence[JournalLine],
+    study: str,
+    *,
+    decisions: Iterable[Countersignature],
+    standing: Countersignature | None,
+) -> Iterator[str]:
+    """Yield what is wrong with the decisions on file about a study, the ``standing`` one at last.
+
+    A decision that is journalled and not on file is none: a crash may have come between.
+
+    Raises:
+        ValueError: if there are no lines.
+    """
+    if not lines:
+        raise ValueError("expected a journal's lines, got none")
+    noted = [e for e in (line.entry for line in lines) if e.kind in DECISIONS and e.study == study]
+    known = {(entry.kind, entry.digest, entry.who) for entry in noted}
+    name = f"study {study[:12]}"
+    on_file = [*decisions, *([] if standing is None else [standing])]
+    for found in dict.fromkeys(on_file):
+        approval = found.approval
+        is_ours = approval.study == study and approval.site == lines[0].entry.site
+        if not is_signed_by(approval, found.signature, key=lines[0].signature.key) or not is_ours:
+            yield f"{name}: a decision is not this site's own about it"
+        elif (approval.decision, digest(approval), approval.who) not in known:
+            yield f"{name}: a decision is not in the journal: {approval.decision}"
+    is_approved = standing is not None and standing.approval.decision == "approved"
+    if is_approved and noted and noted[-1].kind != "approved":
+        yield f"{name}: the approval on file is not the journal's last word on it"
 
 
 def _fault(

@@ -1,8 +1,9 @@
-"""What the three commands share: how they fail, and how they print a ledger's balance."""
+"""What the three commands share: how they fail, and how they print a balance, a number, a size."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -48,6 +49,34 @@ def _cost(what: str, cost: Spent, limit: float | None) -> str:
     at = "" if cost.delta is None else f" at delta {cost.delta:g}"
     of = "" if limit is None else f" of {limit:g}"
     return f"{what:18}  epsilon {cost.epsilon:.4f}{of}{at}"
+
+
+def upward(value: float, *, places: int = 2) -> str:
+    """Return what was spent, rounded up: ``4.38`` of 4.3712; the 4 of 4.0 stays ``4``."""
+    return _short(math.ceil(round(value * 10**places, 6)) / 10**places, places)
+
+
+def downward(value: float, *, places: int = 2) -> str:
+    """Return what is left, rounded down."""
+    return _short(math.floor(round(value * 10**places, 6)) / 10**places, places)
+
+
+def size(num_bytes: float) -> str:
+    """Return a number of bytes as people read it: ``1.2 MB``."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.3g} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def printable(text: str) -> str:
+    """Return ``text`` without anything that could move a terminal's cursor or change its colour."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def _short(value: float, places: int) -> str:
+    text = f"{value:.{places}f}"
+    return text.rstrip("0").rstrip(".") if float(text) == round(value) else text
 
 
 def run_app(app: typer.Typer) -> None:

@@ -175,11 +175,11 @@ def test_what_cannot_be_written_down_does_not_leave(
 ) -> None:
     real, seen = journal.append, []
 
-    def full(book: Book, event: Event) -> Any:
+    def full(book: Book, event: Event, **checked: Any) -> Any:
         seen.append(event.kind)
         if seen == ROUND[: at + 1]:
             raise OSError("disk full")
-        return real(book, event)
+        return real(book, event, **checked)
 
     monkeypatch.setattr(journal, "append", full)
     said = house.ask()
@@ -197,3 +197,48 @@ def test_a_site_whose_journal_is_another_keys_answers_nothing(house: House, book
     assert '"code":"failed"' in said.document
     assert not (book.state_dir / ledger.FILE).exists()
     assert book.file.name == FILE
+
+
+# --- an approval withdrawn while the agent runs
+
+
+def withdraw(house: House) -> None:
+    plan, config = house.plan, house.site.config
+    signed = SignedPlan(plan, signing.sign(plan, key=house.coordinator))
+    studies.withdraw(signed, config, key=KEY, who="Dr. Reed", reason="capacity")
+
+
+def test_the_very_next_order_after_a_withdrawal_is_refused(house: House, book: Book) -> None:
+    assert house.ask(0).kind == "reply"
+    withdraw(house)
+    for round_ in (0, 1):  # not even what was answered before is given again
+        said = house.ask(round_)
+        assert said.kind == "refusal"
+        assert '"code":"not-approved"' in said.document
+    assert kinds(book)[-3:] == ["refusal", "order", "refusal"]
+    assert len(ledger.read(book.state_dir).reservations) == 1
+
+
+def test_what_was_made_while_the_approval_was_withdrawn_does_not_leave(
+    house: House, book: Book, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def obey_meanwhile(*arguments: Any) -> Result:
+        found = obey(*arguments)
+        withdraw(house)
+        return found
+
+    monkeypatch.setattr(answers, "_obey", obey_meanwhile)
+    said = house.ask()
+    assert said.kind == "refusal"
+    assert '"code":"not-approved"' in said.document
+    assert "reply" not in kinds(book)
+    assert kinds(book)[-1] == "refusal"
+
+
+def test_a_study_approved_again_goes_on(house: House, book: Book) -> None:
+    assert house.ask(0).kind == "reply"
+    withdraw(house)
+    signed = SignedPlan(house.plan, signing.sign(house.plan, key=house.coordinator))
+    studies.approve(signed, house.site.config, key=KEY, who="Dr. Reed")
+    assert house.ask(1).kind == "reply"
+    assert kinds(book)[-1] == "reply"

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -17,13 +18,17 @@ from typer.testing import CliRunner
 from shared_models import journal
 from shared_models.audit import app
 from shared_models.contracts import (
+    Approval,
     Checkpoint,
     Commit,
+    Countersignature,
     JournalEntry,
     JournalLine,
     PrivacyEvent,
+    Receipt,
     Reservation,
     SignedCheckpoint,
+    SignedReceipt,
 )
 from shared_models.errors import DocumentError
 from shared_models.privacy import Ledger
@@ -241,3 +246,143 @@ def test_a_site_without_a_journal_cannot_be_verified(site_dir: Path) -> None:
     (site_dir / "state" / journal.FILE).unlink()
     found = CliRunner().invoke(app, ["verify", str(site_dir)])
     assert isinstance(found.exception, DocumentError)
+
+
+# --- decisions and receipts
+
+STUDY = "5" * 64
+SENT = {"kind": "reply", "digest": "f" * 64, "size_bytes": 9, **ASKED}
+
+
+def decided(decision: str, *, minute: int = 0, **changed: object) -> Countersignature:
+    fields = {"study": STUDY, "site": "north", "decision": decision, "who": "Dr. Reed"}
+    when = NOON.replace(minute=minute)
+    approval = Approval.model_validate(fields | {"when": when} | changed)
+    return Countersignature(approval=approval, signature=sign(approval, key=KEY))
+
+
+def entry_of(found: Countersignature) -> dict[str, object]:
+    approval = found.approval
+    return {
+        "kind": approval.decision,
+        "study": approval.study,
+        "who": approval.who,
+        "digest": digest(approval),
+    }
+
+
+@pytest.mark.parametrize("decision", ["withdrawn", "refused"])
+def test_a_reply_after_a_withdrawal_is_found_unless_approved_since(decision: str) -> None:
+    no, yes = entry_of(decided(decision)), entry_of(decided("approved", minute=1))
+    found = journal.faults(b"".join(written(*ENTRIES, no, SENT)))
+    assert len(found) == 1
+    assert found[0].startswith("entry 7: a reply of a study")
+    assert journal.faults(b"".join(written(*ENTRIES, no, yes, SENT))) == []
+    other = SENT | {"study": "6" * 64}
+    assert journal.faults(b"".join(written(*ENTRIES, no, other))) == []
+
+
+def lines_of(*entries: dict[str, object]) -> tuple[JournalLine, ...]:
+    return journal.parse(b"".join(written(*ENTRIES, *entries)))
+
+
+def test_decisions_on_file_are_those_of_the_journal() -> None:
+    first, second = decided("approved"), decided("withdrawn", minute=1)
+    lines = lines_of(entry_of(first), entry_of(second))
+    for on_file, standing in (([first, second], second), ([first], None), ([], None)):
+        faults = journal.decision_faults(lines, STUDY, decisions=on_file, standing=standing)
+        assert list(faults) == []
+
+
+def other_who() -> Countersignature:
+    found = decided("approved")
+    return found.model_copy(update={"approval": found.approval.model_copy(update={"who": "x"})})
+
+
+DECISION_LIES: dict[str, tuple[Countersignature, str]] = {
+    "not journalled": (decided("approved", minute=7), "is not in the journal: approved"),
+    "edited": (other_who(), "is not this site's own"),
+    "of another study": (decided("approved", study="6" * 64), "is not this site's own"),
+    "of another site": (decided("approved", site="south"), "is not this site's own"),
+    "withdrawn since": (decided("approved"), "is not the journal's last word"),
+}
+
+
+@pytest.mark.parametrize("lie", DECISION_LIES)
+def test_a_decision_that_is_not_the_journals_is_found(lie: str) -> None:
+    found, words = DECISION_LIES[lie]
+    lines = lines_of(entry_of(decided("approved")), entry_of(decided("withdrawn", minute=1)))
+    faults = list(journal.decision_faults(lines, STUDY, decisions=[], standing=found))
+    assert any(words in fault for fault in faults)
+
+
+def receipt(
+    signed: SignedCheckpoint, *, key: Ed25519PrivateKey = OTHER, **changed: object
+) -> journal.Receipted:
+    at = signed.checkpoint
+    fields = {"site": "north", "checkpoint": digest(at), "index": at.index, "when": NOON}
+    found = Receipt.model_validate(fields | changed)
+    return journal.Receipted(
+        checkpoint=signed, receipt=SignedReceipt(receipt=found, signature=sign(found, key=key))
+    )
+
+
+def receipt_faults(*receipts: journal.Receipted, key: Ed25519PrivateKey = OTHER) -> list[str]:
+    lines = journal.parse(b"".join(written()))
+    return list(journal.receipt_faults(lines, receipts, coordinator=public_key(key)))
+
+
+def test_a_receipt_of_a_point_of_the_journal_holds() -> None:
+    assert receipt_faults(receipt(point(2)), receipt(point(4))) == []
+
+
+def test_a_journal_rewritten_since_a_receipt_is_found() -> None:
+    """Whoever holds the site's key can sign another journal, but not the coordinator's receipt."""
+    assert receipt_faults(receipt(point(4, head="9" * 64))) == [
+        "entry 4: a fork; a checkpoint knows of another"
+    ]
+    assert receipt_faults(receipt(point(9, head="9" * 64)))[0].startswith("entry 9: truncated")
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [({"key": KEY}, "not signed by the coordinator"), ({"checkpoint": "9" * 64}, "another")],
+)
+def test_a_receipt_that_is_not_the_coordinators_for_it_is_found(
+    changed: dict[str, Any], words: str
+) -> None:
+    (found,) = receipt_faults(receipt(point(2), **changed))
+    assert words in found
+
+
+def test_the_auditor_checks_decisions_receipts_and_the_coordinators_checkpoints(
+    site_dir: Path,
+) -> None:
+    approval = decided("approved")
+    state = site_dir / "state"
+    (state / journal.FILE).write_bytes(b"".join(written(*ENTRIES, entry_of(approval))))
+    coordinator = f'coordinator = "{public_key(OTHER)}"\n'
+    (site_dir / "site.toml").write_text((site_dir / "site.toml").read_text() + coordinator)
+    folder = state / "studies" / STUDY
+    folder.mkdir(parents=True)
+    (folder / "approval.json").write_text(approval.model_dump_json())
+    (folder / "decisions.jsonl").write_text(approval.model_dump_json() + "\n")
+    lines = [receipt(point(2)), receipt(point(4))]
+    (state / journal.RECEIPTS).write_text("".join(f"{one.model_dump_json()}\n" for one in lines))
+    kept = site_dir / "north.jsonl"
+    kept.write_text("".join(f"{point(at).model_dump_json()}\n" for at in (1, 3)))
+    command = ["verify", str(site_dir), "--checkpoint", str(kept)]
+    found = CliRunner().invoke(app, command)
+    assert found.output.splitlines()[2:] == [
+        "  holds  1 decisions about studies are this site's and journalled",
+        "  holds  the journal holds all that 2 receipts know of",
+        "  holds  the journal holds all that 2 checkpoints know of",
+        "verified",
+    ]
+    forged = decided("approved", who="Dr. Nobody")
+    (folder / "approval.json").write_text(forged.model_dump_json())
+    (state / journal.RECEIPTS).write_text(receipt(point(2), key=KEY).model_dump_json() + "\n")
+    found = CliRunner().invoke(app, command)
+    assert found.exit_code == 1
+    assert f"  FAILS  study {STUDY[:12]}: a decision is not in the journal" in found.output
+    assert "  FAILS  entry 2: its receipt is not signed by the coordinator" in found.output

@@ -1,0 +1,350 @@
+"""What sites tell at the desk is kept as far as they signed it, and no story is told twice over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from server import desk as desks
+from server import store, study
+from server.desk import Desk
+from server.rounds import Consortium
+from server.store import RunSettings, SiteKeys
+from shared_models import weights as weights_of
+from shared_models.contracts import (
+    Approval,
+    Bulletin,
+    Checkpoint,
+    Countersignature,
+    Health,
+    RoundRecord,
+    SignedCheckpoint,
+    Visit,
+)
+from shared_models.errors import ConsiliaError, RunError, SignatureError
+from shared_models.plan import StudyPlan, parse
+from shared_models.signing import digest, is_signed_by, public_key, sign
+
+NOON = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+TODAY = date(2026, 3, 1)
+SITES = ("north", "south")
+KEYS = {name: Ed25519PrivateKey.from_private_bytes(name.ljust(32).encode()) for name in SITES}
+HEALTH = Health(version="0.1.0", started_at=NOON, free_mb=1, has_gpu=False, certificate_days=9)
+SETTINGS = RunSettings(signing_key=Path("signing.pem"), sites={})
+
+NewPlan = Callable[..., StudyPlan]
+
+
+@pytest.fixture
+def desk(tmp_path: Path, coordinator_key: Ed25519PrivateKey) -> Desk:
+    keys = {name: SiteKeys(signing=public_key(key), node="n") for name, key in KEYS.items()}
+    return Desk(tmp_path / "office", coordinator_key, keys)
+
+
+@pytest.fixture
+def offered(desk: Desk, plan: StudyPlan) -> desks.Study:
+    return desks.propose(desk, plan, settings=SETTINGS, today=TODAY)
+
+
+def decided(plan: StudyPlan, decision: str, *, minute: int = 0, **changed: Any) -> Countersignature:
+    key = changed.pop("key", KEYS["north"])
+    when = NOON + timedelta(minutes=minute)
+    fields = {"study": digest(plan), "site": "north", "decision": decision, "who": "x"}
+    approval = Approval.model_validate(fields | {"when": when} | changed)
+    return Countersignature(approval=approval, signature=sign(approval, key=key))
+
+
+def point(
+    index: int, head: str = "a", *, minute: int | None = None, **changed: Any
+) -> SignedCheckpoint:
+    key = changed.pop("key", KEYS["north"])
+    when = NOON + timedelta(minutes=index if minute is None else minute)
+    at = Checkpoint(site=changed.get("site", "north"), index=index, head=head * 64, when=when)
+    return SignedCheckpoint(checkpoint=at, signature=sign(at, key=key))
+
+
+def told(
+    desk: Desk, *decisions: Countersignature, checkpoint: SignedCheckpoint | None = None
+) -> Bulletin:
+    visit = Visit(
+        site="north", when=NOON, decisions=decisions, checkpoint=checkpoint, health=HEALTH
+    )
+    return desks.visit(desk, visit, site="north", today=TODAY)
+
+
+def on_file(desk: Desk, offered: desks.Study) -> dict[str, Countersignature]:
+    return store.approvals(offered.run_dir, offered.signed, store.read_settings(offered.run_dir))
+
+
+# --- proposing
+
+
+def test_a_proposed_plan_is_signed_and_offered_to_the_sites_it_names(
+    desk: Desk, plan: StudyPlan, offered: desks.Study
+) -> None:
+    assert offered.run_dir.name == digest(plan)[:12]
+    (offer,) = told(desk).offers
+    found = parse(offer.plan_toml)
+    assert found.plan == plan
+    assert is_signed_by(plan, found.signature, key=plan.coordinator)
+    assert (offer.state, offer.num_rounds_done) == ("offered", 0)
+    assert store.read_settings(offered.run_dir).sites == dict(desk.sites)
+
+
+def test_a_site_is_offered_no_study_that_does_not_name_it(desk: Desk, new_plan: NewPlan) -> None:
+    plan = new_plan(sites=["south"], rounds={"quorum": 1})
+    desks.propose(desk, plan, settings=SETTINGS, today=TODAY)
+    assert told(desk).offers == ()
+
+
+def test_the_same_plan_again_is_the_same_study(
+    desk: Desk, plan: StudyPlan, offered: desks.Study
+) -> None:
+    told(desk, decided(plan, "approved"))
+    assert desks.propose(desk, plan, settings=SETTINGS, today=TODAY).run_dir == offered.run_dir
+    assert set(on_file(desk, offered)) == {"north"}
+
+
+def test_a_changed_plan_is_a_new_study_that_nobody_approved(
+    desk: Desk, plan: StudyPlan, offered: desks.Study
+) -> None:
+    told(desk, decided(plan, "approved"))
+    changed = plan.model_copy(update={"seed": 5})
+    other = desks.propose(desk, changed, settings=SETTINGS, today=TODAY)
+    assert other.run_dir != offered.run_dir
+    assert on_file(desk, other) == {}
+    assert len(told(desk).offers) == 2
+
+
+def test_all_that_is_wrong_with_a_proposal_is_told_and_nothing_is_offered(
+    desk: Desk, new_plan: NewPlan
+) -> None:
+    plan = new_plan(coordinator="0" * 64, sites=["north", "west"], start="1" * 64)
+    with pytest.raises(ConsiliaError) as caught:
+        desks.propose(desk, plan, settings=SETTINGS, today=TODAY)
+    fields = [objection.split(":")[0] for objection in caught.value.objections]
+    assert fields == ["coordinator", "sites", "start"]
+    assert "west" in str(caught.value)
+    assert desks.studies(desk.folder, today=TODAY) == []
+
+
+def test_a_warm_start_is_copied_if_it_is_the_plans(
+    desk: Desk, new_plan: NewPlan, tmp_path: Path
+) -> None:
+    arrays = {"w": np.ones(3, np.float32)}
+    file = tmp_path / "start.safetensors"
+    weights_of.save(file, arrays)
+    plan = new_plan(start=weights_of.digest(weights_of.flatten(arrays)))
+    found = desks.propose(desk, plan, settings=SETTINGS, today=TODAY, start=file)
+    assert (found.run_dir / "start.safetensors").read_bytes() == file.read_bytes()
+    other = new_plan(start="1" * 64)
+    with pytest.raises(ConsiliaError, match="not those that the plan states"):
+        desks.propose(desk, other, settings=SETTINGS, today=TODAY, start=file)
+
+
+def test_where_a_study_stands_is_read_from_its_folder(
+    desk: Desk, plan: StudyPlan, offered: desks.Study
+) -> None:
+    def state() -> tuple[str, int]:
+        (offer,) = told(desk).offers
+        return offer.state, offer.num_rounds_done
+
+    record = RoundRecord(
+        round_=0,
+        kind="train",
+        replies=(),
+        weights_digest="0" * 64,
+        seconds=1,
+        sent_bytes=1,
+        received_bytes=1,
+    )
+    store.append_round(offered.run_dir, record)
+    assert state() == ("running", 1)
+    (offered.run_dir / study.FAILED).write_text("x")
+    assert state() == ("failed", 1)
+    late = desks.studies(desk.folder, today=plan.expires + timedelta(days=1))
+    assert late[0].state == "closed"
+    (offered.run_dir / "report.json").write_text("{}")
+    assert state() == ("finished", 1)
+
+
+def test_a_study_that_cannot_be_read_hides_no_other(
+    desk: Desk, plan: StudyPlan, offered: desks.Study
+) -> None:
+    broken = desk.folder / "studies" / "broken"
+    broken.mkdir()
+    (broken / "plan.toml").write_text("x = ")
+    assert [one.study for one in desks.studies(desk.folder, today=TODAY)] == [digest(plan)]
+
+
+# --- decisions
+
+
+def test_a_told_approval_is_what_orders_need(
+    desk: Desk, plan: StudyPlan, offered: desks.Study
+) -> None:
+    assert on_file(desk, offered) == {}
+    found = decided(plan, "approved")
+    told(desk, found)
+    assert on_file(desk, offered) == {"north": found}
+
+
+@pytest.mark.parametrize("decision", ["withdrawn", "refused"])
+def test_a_newer_no_ends_the_orders_and_an_older_yes_does_not_bring_them_back(
+    decision: str, desk: Desk, plan: StudyPlan, offered: desks.Study
+) -> None:
+    yes, no = decided(plan, "approved"), decided(plan, decision, minute=1)
+    told(desk, yes)
+    told(desk, no)
+    assert on_file(desk, offered) == {}
+    told(desk, yes)
+    assert on_file(desk, offered) == {}
+    again = decided(plan, "approved", minute=2)
+    told(desk, again)
+    assert on_file(desk, offered) == {"north": again}
+
+
+def test_of_two_decisions_of_one_time_no_approval_wins(
+    desk: Desk, plan: StudyPlan, offered: desks.Study
+) -> None:
+    yes, no = decided(plan, "approved"), decided(plan, "withdrawn")
+    for order in ((yes, no), (no, yes)):
+        told(desk, *order)
+        assert on_file(desk, offered) == {}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"key": KEYS["south"]}, {"site": "south"}, {"site": "south", "key": KEYS["south"]}],
+)
+def test_a_decision_that_is_not_the_visitors_own_is_not_kept(
+    changed: dict[str, Any], desk: Desk, plan: StudyPlan, offered: desks.Study
+) -> None:
+    told(desk, decided(plan, "approved", **changed))
+    assert not (offered.run_dir / "approvals").exists()
+
+
+def test_a_decision_about_a_study_not_offered_is_not_kept(
+    desk: Desk, plan: StudyPlan, offered: desks.Study
+) -> None:
+    told(desk, decided(plan.model_copy(update={"seed": 9}), "approved"))
+    assert not (offered.run_dir / "approvals").exists()
+
+
+@pytest.mark.parametrize(("who", "site"), [("south", "north"), ("west", "west")])
+def test_a_visit_in_anothers_name_or_of_nobody_enrolled_is_refused(
+    who: str, site: str, desk: Desk, plan: StudyPlan, offered: desks.Study
+) -> None:
+    visit = Visit(site=site, when=NOON, decisions=(decided(plan, "approved"),), health=HEALTH)
+    with pytest.raises(SignatureError):
+        desks.visit(desk, visit, site=who, today=TODAY)
+    assert not (offered.run_dir / "approvals").exists()
+
+
+# --- who takes part in the next round
+
+
+def test_who_withdrew_takes_part_in_no_further_round(
+    desk: Desk, new_plan: NewPlan, coordinator_key: Ed25519PrivateKey
+) -> None:
+    plan = new_plan(rounds={"quorum": 1})
+    offered = desks.propose(desk, plan, settings=SETTINGS, today=TODAY)
+    keys = {name: public_key(key) for name, key in KEYS.items()}
+    begun = Consortium(coordinator_key, keys)
+    told(desk, decided(plan, "approved"))
+    (offered.run_dir / "approvals" / "south.json").write_text(
+        decided(plan, "approved", site="south", key=KEYS["south"]).model_dump_json()
+    )
+    assert set(study.still_approving(offered.run_dir, begun).sites) == set(SITES)
+    told(desk, decided(plan, "withdrawn", minute=1))
+    left = study.still_approving(offered.run_dir, begun)
+    assert set(left.sites) == set(left.approvals) == {"south"}
+    (offered.run_dir / "approvals" / "south.json").unlink()
+    with pytest.raises(RunError, match="withdrawn: north, south"):
+        study.still_approving(offered.run_dir, begun)
+
+
+def test_an_expired_plan_has_no_further_round(
+    desk: Desk, new_plan: NewPlan, coordinator_key: Ed25519PrivateKey
+) -> None:
+    plan = new_plan(expires=date(2026, 3, 2))
+    offered = desks.propose(desk, plan, settings=SETTINGS, today=TODAY)
+    with pytest.raises(RunError, match="the plan expired on 2026-03-02"):
+        study.still_approving(offered.run_dir, Consortium(coordinator_key, {}))
+
+
+# --- checkpoints
+
+
+def forks(desk: Desk) -> int:
+    (north, _) = desks.sites(desk, today=TODAY)
+    return north.num_forks
+
+
+def kept(desk: Desk) -> list[int]:
+    lines = (desk.folder / "checkpoints" / "north.jsonl").read_bytes().splitlines()
+    return [SignedCheckpoint.model_validate_json(line).checkpoint.index for line in lines]
+
+
+def test_a_journal_that_grows_gets_a_receipt_for_each_checkpoint(
+    desk: Desk, coordinator_key: Ed25519PrivateKey
+) -> None:
+    for index in (3, 3, 8):  # the same may be told twice
+        found = told(desk, checkpoint=point(index)).receipt
+        assert found is not None
+        assert found.receipt.checkpoint == digest(point(index).checkpoint)
+        assert is_signed_by(found.receipt, found.signature, key=public_key(coordinator_key))
+    assert kept(desk) == [3, 8]
+    assert told(desk, checkpoint=point(3)).receipt is not None
+    assert forks(desk) == 0
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [point(5, "b", minute=9), point(5, "b", minute=2), point(3, "b", minute=9), point(4, minute=9)],
+    ids=["another head", "another head, dated back", "an old one's other head", "gone back"],
+)
+def test_a_journal_that_tells_another_story_is_noted_for_good_and_gets_no_receipt(
+    lie: SignedCheckpoint, desk: Desk
+) -> None:
+    for index in (3, 5):
+        told(desk, checkpoint=point(index))
+    for _ in range(2):
+        assert told(desk, checkpoint=lie).receipt is None
+    assert forks(desk) == 1
+    assert kept(desk) == [3, 5]
+    assert told(desk, checkpoint=point(12)).receipt is not None
+    assert forks(desk) == 1
+
+
+def test_a_checkpoint_that_was_long_on_its_way_is_no_fork(desk: Desk) -> None:
+    told(desk, checkpoint=point(5))
+    assert told(desk, checkpoint=point(4)).receipt is None
+    assert forks(desk) == 0
+    assert kept(desk) == [5]
+
+
+@pytest.mark.parametrize("changed", [{"key": KEYS["south"]}, {"site": "south"}])
+def test_a_checkpoint_that_is_not_the_visitors_own_is_not_kept(
+    changed: dict[str, Any], desk: Desk
+) -> None:
+    assert told(desk, checkpoint=point(5, **changed)).receipt is None
+    assert not (desk.folder / "checkpoints").exists()
+
+
+def test_the_table_knows_who_was_here_and_what_they_decided(
+    desk: Desk, plan: StudyPlan, offered: desks.Study
+) -> None:
+    told(desk, decided(plan, "refused"), checkpoint=point(5))
+    told(desk)
+    north, south = desks.sites(desk, today=TODAY)
+    assert (north.site, north.decisions) == ("north", {digest(plan): "refused"})
+    assert north.seen is not None
+    assert (north.seen.health, north.seen.num_entries) == (HEALTH, 6)
+    assert south == ("south", None, {}, 0)
