@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple, TypeVar
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies, proxy_bypass
 
 from client import certificate
 from client.config import SiteConfig
@@ -338,8 +338,8 @@ def _channel(address: str, credentials: grpc.ChannelCredentials) -> grpc.Channel
 def _proxy(address: str) -> tuple[tuple[str, int | str], ...]:
     """Return what tells gRPC to use the proxy this machine's environment names for ``address``."""
     host = address.rpartition(":")[0].strip("[]")
-    proxy = getproxies_environment().get("https")
-    if not proxy or _is_loopback(host) or proxy_bypass_environment(host):
+    proxy = getproxies().get("https")
+    if not proxy or _is_loopback(host) or proxy_bypass(host):
         return (("grpc.enable_http_proxy", 0),)
     return (("grpc.http_proxy", proxy if "://" in proxy else f"http://{proxy}"),)
 

@@ -38,6 +38,7 @@ from shared_models.contracts import (
     Contract,
     Invite,
     JoinRequest,
+    JournalKind,
     Pem,
     SignedAdmission,
     SignedInvite,
@@ -192,9 +193,7 @@ def renew_if_due(config: SiteConfig) -> bool:
         return _take(config, asked, control.renew(link, asked.request), kind="renewed")
 
 
-def _take(
-    config: SiteConfig, asked: Asked, answer: SignedAdmission, *, kind: journal.JournalKind
-) -> bool:
+def _take(config: SiteConfig, asked: Asked, answer: SignedAdmission, *, kind: JournalKind) -> bool:
     admission, request = answer.admission, asked.request.request
     is_theirs = is_signed_by(admission, answer.signature, key=config.coordinator)
     if not is_theirs or (admission.site, admission.request) != (request.site, digest(request)):
@@ -213,7 +212,7 @@ def _take(
     return True
 
 
-def _keep(config: SiteConfig, asked: Asked, pem: str, *, kind: journal.JournalKind) -> None:
+def _keep(config: SiteConfig, asked: Asked, pem: str, *, kind: JournalKind) -> None:
     """Put a certificate into place; what a crash cut short is done again, to the same end."""
     noted = certificate.fingerprint(_checked(pem, asked, config))
     certificate.write(_file(config), key=asked.key.encode(), certificate=pem)

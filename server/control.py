@@ -172,7 +172,8 @@ def _unary(handle: Handler) -> grpc.RpcMethodHandler:
             return canonical(handle(content, context))
         except Exception as error:
             reason = _reason(error)
-        return context.abort(*REASONS[reason])
+        context.abort(*REASONS[reason])
+        raise AssertionError("abort has raised")
 
     return grpc.unary_unary_rpc_method_handler(call)
 
@@ -274,7 +275,8 @@ def _caller(office: Office, context: grpc.ServicerContext) -> str:
     names, certificates = shown.get("x509_common_name", ()), shown.get("x509_pem_cert", ())
     if len(names) != 1 or len(certificates) != 1:
         raise _Refused("denied")
-    site, found = names[0].decode(), register.fingerprint(certificates[0].decode())
+    site = str(names[0], "utf-8")
+    found = register.fingerprint(str(certificates[0], "ascii"))
     if not offices.is_let_in(office, site=site, fingerprint=found):
         log.warning("a certificate of %s that counts no more was refused", site)
         raise _Refused("denied")
