@@ -347,6 +347,8 @@ def start(config: ConfigFile = Path("site.toml")) -> None:
     book = journal.Book(site.state_dir, site.name, load_key(site.signing_key))
     with running.running(site.state_dir), answer.open_site(config) as desk:
         journal.append(book, journal.Event("started"))
+        if site.link.control is not None:
+            _begin_visits(site, book.key, stop)
         try:
             agent.run(link, desk.answer, stop=stop, refuse=desk.refuse, cancel=desk.cancel)
         finally:
@@ -380,6 +382,19 @@ def _waiting(text: str) -> Iterator[None]:
             yield
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def _begin_visits(site: SiteConfig, key: Ed25519PrivateKey, stop: threading.Event) -> None:
+    """Tell the coordinator of decisions and bring home its offers, beside the orders."""
+    from client import visits
+
+    threading.Thread(
+        target=visits.keep_visiting,
+        args=(site, key, visits.over_control_plane(site)),
+        kwargs={"agent": visits.agent_here(site), "stop": stop},
+        daemon=True,
+        name="visits",
+    ).start()
 
 
 def _verdict(objections: list[str], *, as_json: bool) -> None:

@@ -40,7 +40,7 @@ from shared_models.contracts import (
     SignedReceipt,
     Visit,
 )
-from shared_models.errors import DocumentError
+from shared_models.errors import ConsiliaError, DocumentError
 from shared_models.files import append_line, read_tail, replace
 from shared_models.journal import RECEIPTS, Receipted
 from shared_models.plan import SignedPlan
@@ -142,6 +142,34 @@ def last_visit(state_dir: Path) -> datetime | None:
         return LastVisit.model_validate_json((state_dir / LAST_VISIT).read_bytes()).when
     except (OSError, ValidationError):
         return None
+
+
+def over_control_plane(config: SiteConfig) -> Callable[[Visit], Bulletin]:
+    """Return what makes a visit over the control plane, with a certificate renewed in time.
+
+    Raises, when called:
+        ConsiliaError: if the coordinator cannot be reached or lets this site in no more.
+    """
+    from client import control, join
+
+    def call(told: Visit) -> Bulletin:
+        try:
+            join.renew_if_due(config)
+        except ConsiliaError as error:  # the certificate is still good for a third of its days
+            log.warning("the certificate was not renewed: %s", type(error).__name__)
+        with control.connect(config) as link:
+            return control.visit(link, told)
+
+    return call
+
+
+def agent_here(config: SiteConfig) -> Callable[[], Agent]:
+    """Return what tells of this process, begun now."""
+    from client import join
+
+    started_at = datetime.now(UTC)
+    has_gpu = Path("/dev/nvidiactl").exists()
+    return lambda: Agent(started_at, has_gpu, join.days_left(config) or 0)
 
 
 def keep_visiting(

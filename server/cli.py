@@ -131,26 +131,117 @@ def revoke(
 
 
 @app.command()
+def propose(
+    plan: PlanFile,
+    office: OfficeDir = Path(),
+    validation: Annotated[
+        Path | None, typer.Option(help="Your held-out set: a manifest (CSV) of no site's patients.")
+    ] = None,
+    validation_root: Annotated[
+        Path | None, typer.Option(help="What the manifest's paths are relative to.")
+    ] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="The warm start the plan states (safetensors).")
+    ] = None,
+) -> None:
+    """Sign a plan and offer it to the hospitals it names, which decide for themselves."""
+    from server import desk
+    from server import office as offices
+    from server.store import RunSettings
+    from shared_models import plan as plans
+
+    home = offices.read(office)
+    settings = RunSettings(
+        signing_key=(home.folder / "signing.pem").resolve(),
+        sites={},
+        validation_manifest=None if validation is None else validation.resolve(),
+        validation_root=None if validation_root is None else validation_root.resolve(),
+    )
+    at = desk.Desk(home.folder, home.key, offices.enrolled(home))
+    found = desk.propose(at, plans.read(plan).plan, settings=settings, today=_today(), start=start)
+    print(f"offered study {found.study[:12]} '{found.signed.plan.name}'")
+    print(
+        f"run it when enough hospitals have approved: consilia-coordinator run {found.study[:12]}"
+    )
+
+
+@app.command()
+def studies(office: OfficeDir = Path(), as_json: AsJson = False) -> None:
+    """Show every study: where it stands, how many rounds are done, what each hospital decided."""
+    from server import desk
+    from server import office as offices
+
+    known = desk.studies(offices.read(office).folder, today=_today())
+    said = [{site: desk.decision(o.run_dir, site) for site in o.signed.plan.sites} for o in known]
+    if as_json:
+        rows = [
+            {"study": one.study, "state": one.state, "rounds": one.num_rounds_done, "sites": sites}
+            for one, sites in zip(known, said, strict=True)
+        ]
+        print(json.dumps(rows))
+        return
+    table = Table("study", "name", "state", "rounds", "hospitals")
+    for one, sites in zip(known, said, strict=True):
+        plan = one.signed.plan
+        rounds = f"{one.num_rounds_done} of {plan.training.num_rounds}"
+        words = ", ".join(f"{site}: {word or 'no answer yet'}" for site, word in sites.items())
+        table.add_row(one.study[:12], plan.name, one.state, rounds, words)
+    Console().print(table)
+
+
+@app.command()
+def run(
+    study: Annotated[str, typer.Argument(help="The study's digest, or its beginning.")],
+    office: OfficeDir = Path(),
+    follow: Annotated[bool, typer.Option(help="Show the rounds until the study ends.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Run a study, or what is left of it; 'serve' does the work and must be running."""
+    from server import follow as follows
+    from server import report as reports
+    from server import serve as serving
+
+    run_dir = _study(office, study)
+    serving.want(run_dir)
+    if not follow:
+        print(f"study {run_dir.name} is run as long as 'consilia-coordinator serve' is running")
+        return
+    with _interruptible("stopped looking; the study goes on"), _progress() as progress:
+        follows.follow(run_dir, progress)
+    _finish(reports.read(run_dir / "report.json"), run_dir, as_json=as_json)
+
+
+@app.command()
+def stop(
+    study: Annotated[str, typer.Argument(help="The study's digest, or its beginning.")],
+    office: OfficeDir = Path(),
+) -> None:
+    """Stop a study. Run again, it goes on where it was."""
+    from server import serve as serving
+
+    run_dir = _study(office, study)
+    serving.want_no_more(run_dir)
+    print(f"study {run_dir.name} is stopped; its finished rounds are kept")
+
+
+@app.command()
 def serve(
     office: Annotated[Path, typer.Argument(help="The coordinator's office.")] = Path(),
 ) -> None:
-    """Answer hospitals on the control and the enrolment port until stopped (Ctrl-C or SIGTERM)."""
-    from server import control, desk
+    """Answer hospitals, and run the studies that are wanted, until stopped (Ctrl-C or SIGTERM)."""
     from server import office as offices
-    from shared_models.contracts import Bulletin, Visit
+    from server import serve as serving
 
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     home = offices.read(office)
-
-    def visit(site: str, told: Visit) -> Bulletin:
-        found = desk.Desk(home.folder, home.key, offices.enrolled(home))
-        return desk.visit(found, told, site=site, today=_today())
-
-    with _stopping() as stop, control.serve(home, visit=visit) as ports:
-        print(f"control on port {ports.control}, enrolment on port {ports.enrolment}", flush=True)
-        stop.wait()
+    with _stopping() as asked:
+        for news in serving.serve(home, stop=asked):
+            if news.kind != "idle":
+                about = "the SuperLink" if news.study is None else f"study {news.study.name}"
+                print(": ".join([about, news.kind, *news.text]), flush=True)
 
 
 @app.command()
@@ -320,6 +411,23 @@ def report(
     _finish(found, run_dir, as_json=as_json)
 
 
+def _study(office: Path, beginning: str) -> Path:
+    """Return the run directory of the study whose digest begins so.
+
+    Raises:
+        ConsiliaError: if there is none, or more than one.
+    """
+    from server import desk
+    from server import office as offices
+
+    known = desk.studies(offices.read(office).folder, today=_today())
+    found = [one for one in known if beginning and one.study.startswith(beginning)]
+    if len(found) != 1:
+        number = "no study" if not found else f"{len(found)} studies"
+        raise ConsiliaError(f"{number} whose digest begins so; see: consilia-coordinator studies")
+    return found[0].run_dir
+
+
 def _finish(found: Any, out: Path, *, as_json: bool) -> None:
     from server import report as reports
 
@@ -389,7 +497,7 @@ def _stopping() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def _interruptible(farewell: str = "stopped; every process was ended") -> Iterator[None]:
     """Let SIGTERM and SIGHUP unwind like Ctrl-C, so that no process is left behind.
 
     A signal that is ignored, as SIGHUP under nohup, stays ignored.
@@ -403,7 +511,7 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; every process was ended\n")
+        sys.stderr.write(f"{farewell}\n")
         raise typer.Exit(130) from None
     finally:
         for number, handler in before.items():

@@ -17,15 +17,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from server import link, recipes, report, start, store
 from server.conduct import Place, conduct
 from server.consortium import TlsFiles, certificates
+from server.follow import Progress, show
 from server.hospitals import DataSet, adopt, join, write_manifests
 from shared_models import phantoms
 from shared_models import plan as plans
-from shared_models.contracts import RoundRecord, StudyReport
+from shared_models.contracts import StudyReport
 from shared_models.errors import MachineError, RunError
 from shared_models.plan import StudyPlan
 from shared_models.signing import create_key, public_key, sign
@@ -42,16 +43,6 @@ START_NOTE = (
     "coordinator's own, as if it might use their images; no epsilon covers them, and none of them "
     "validated it."
 )
-
-
-class Progress(Protocol):
-    """How the demonstration tells what it is doing."""
-
-    def stage(self, text: str, *, total: int | None = None) -> None:
-        """Begin a stage of ``total`` parts."""
-
-    def advance(self, done: int, text: str = "") -> None:
-        """Say how many parts are done, and a word on the last one."""
 
 
 class Options(NamedTuple):
@@ -200,7 +191,7 @@ def _conduct(out: Path, office: Office, progress: Progress, stack: ExitStack) ->
             progress.stage("federated rounds", total=office.plan.training.num_rounds)
             wanted.append(out)
         elif news.kind == "round":
-            _show(store.read_rounds(out), office.plan, progress)
+            show(store.read_rounds(out), office.plan, progress)
         elif news.kind == "done":
             return
         elif news.kind == "failed":
@@ -295,17 +286,6 @@ def _insist(agents: Mapping[str, subprocess.Popen[bytes]], out: Path) -> None:
     for site, process in agents.items():
         if process.poll() is not None:
             raise RunError(f"the agent of {site} ended; see {out / 'sites' / site / 'agent.log'}")
-
-
-def _show(records: Sequence[RoundRecord], plan: StudyPlan, progress: Progress) -> None:
-    last, trained = records[-1], sum(record.kind == "train" for record in records)
-    if last.kind == "train":
-        found = last.validation.metrics if last.validation else {}
-        progress.advance(trained, ", ".join(f"{k} {v:.3f}" for k, v in list(found.items())[:1]))
-        if trained == plan.training.num_rounds:
-            progress.stage("final evaluation at every hospital")
-    elif last.kind == "evaluate" and plan.compare_alone:
-        progress.stage("each hospital trains alone, for comparison")
 
 
 @contextmanager

@@ -124,7 +124,8 @@ def certify(office: Office) -> TlsFiles:
     named = office.settings
     addresses = (named.fleet, named.control, named.enrolment)
     hosts = [address.rpartition(":")[0].strip("[]") for address in addresses]
-    unique = list(dict.fromkeys(hosts))
+    # Flower's own processes reach the SuperLink on this machine by the same certificate
+    unique = list(dict.fromkeys([*hosts, "127.0.0.1"]))
     return consortium.current(office.folder / "tls", hosts=unique, now=datetime.now(UTC))
 
 
