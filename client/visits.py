@@ -113,7 +113,7 @@ def take(
     """
     if bulletin.site != config.name:
         raise DocumentError("the coordinator's answer is for another site")
-    new = []
+    new = list[str]()
     num_known = len(studies.known(config, key=key, today=today))
     for number, offer in enumerate(bulletin.offers):
         signed = _read(offer, config)
@@ -216,7 +216,7 @@ def visit_once(
 
 def pause_s(num_failed: int, *, every_s: float = EVERY_S) -> float:
     """Return how long to wait after so many failures in a row; a fifth of it is by chance."""
-    delay = min(every_s * 2 ** min(num_failed, 10), max(MAX_DELAY_S, every_s))
+    delay = min(every_s * 2.0 ** min(num_failed, 10), max(MAX_DELAY_S, every_s))
     return delay * random.uniform(0.9, 1.1)  # so that all sites of a consortium spread
 
 
