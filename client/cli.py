@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -64,6 +66,48 @@ def init(
     else:
         print(f"wrote {folder / 'site.toml'}; send these public keys to the coordinator:")
         print(f"signing {identity.signing}\nnode    {identity.node}")
+
+
+@app.command()
+def join(
+    invite: Annotated[Path, typer.Argument(help="The invite that the coordinator sent.")],
+    folder: Annotated[Path, typer.Option(help="The site's folder.")] = Path(),
+    manifest: Annotated[
+        Path | None, typer.Option(help="CSV: image, patient, label, split; for a new site.")
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="What the manifest's paths are relative to.")
+    ] = None,
+    max_epsilon: Annotated[float, typer.Option(help="Most epsilon one study may cost.")] = 8.0,
+    allow_without_privacy: Annotated[
+        bool, typer.Option(help="Allow studies without differential privacy.")
+    ] = False,
+    wait: Annotated[
+        float, typer.Option(min=0, help="Minutes to wait until the coordinator lets the site in.")
+    ] = 15.0,
+) -> None:
+    """Join a consortium: make keys here, ask, compare words by phone. Exit 1: not let in yet."""
+    from client import certificate
+    from client import join as joins
+
+    found = joins.read_invite(invite)
+    data = None
+    if manifest is not None and root is not None:
+        data = joins.Data(manifest.resolve(), root.resolve(), max_epsilon, allow_without_privacy)
+    try:
+        joining = joins.prepare(found, folder, data)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if joining.asked is not None:
+        print(f"{folder / 'site.toml'} joins '{found.consortium}' as {found.site}")
+        print(f"Call the coordinator and read out these words:\n\n    {joining.words}\n")
+        print("Whoever cannot let you in by exactly these is not who you think.", flush=True)
+        with _waiting("waiting for the coordinator; Ctrl-C, and the same command goes on later"):
+            is_in = joins.wait(joining, minutes=wait)
+        if not is_in:
+            print("not let in yet; run the same command again once the coordinator has decided")
+            raise typer.Exit(1)
+    print(f"{found.site} is in: its certificate holds {certificate.days_left(joining.config)} days")
 
 
 @app.command()
@@ -165,6 +209,22 @@ def start(config: ConfigFile = Path("site.toml")) -> None:
                 agent.run(link, answer_letter, stop=stop)
         finally:
             journal.append(book, journal.Event("stopped"))
+
+
+@contextmanager
+def _waiting(text: str) -> Iterator[None]:
+    """Show on a terminal that something goes on; Ctrl-C ends it without a trace."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    try:
+        if console.is_terminal:
+            with console.status(text):
+                yield
+        else:
+            yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 def _wait_for_stop() -> None:

@@ -70,7 +70,7 @@ class UnreachableError(MachineError):
 
 
 class NotAdmittedError(SignatureError):
-    """The coordinator does not let this site in, or is not who it should be; asking again is vain."""
+    """The coordinator does not let this site in, or is not who it should be; it stays so."""
 
 
 #: What gRPC says of a connection that failed, and what that means.

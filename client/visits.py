@@ -42,7 +42,7 @@ from shared_models.contracts import (
     SignedReceipt,
     Visit,
 )
-from shared_models.errors import DocumentError
+from shared_models.errors import ConsiliaError, DocumentError
 from shared_models.files import append_line, read_tail, replace
 from shared_models.journal import RECEIPTS, Receipted
 from shared_models.plan import SignedPlan
@@ -221,9 +221,13 @@ def pause_s(num_failed: int, *, every_s: float = EVERY_S) -> float:
 
 
 def _call(config: SiteConfig, told: Visit) -> Bulletin:
-    """Make a visit with the certificate that is valid now."""
-    from client import control
+    """Make a visit with the certificate that is valid now, renewed if few days of it are left."""
+    from client import control, join
 
+    try:
+        join.renew_if_due(config)
+    except ConsiliaError as error:
+        log.warning("the certificate was not renewed: %s", type(error).__name__)
     with control.connect(config) as link:
         return control.visit(link, told)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, date, datetime
@@ -13,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from shared_models.errors import EXIT_CODES_HELP, ConsiliaError
 
@@ -26,7 +29,128 @@ app = typer.Typer(
 
 PlanFile = Annotated[Path, typer.Argument(help="The study plan (TOML).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+OfficeDir = Annotated[Path, typer.Option("--office", help="The coordinator's office.")]
 Out = Annotated[Path | None, typer.Option(help="Results go here; must be new or empty.")]
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="The new office's folder.")],
+    name: Annotated[str, typer.Option(help="What people call the consortium.")],
+    fleet: Annotated[str, typer.Option(help="Where hospitals reach Flower, host:port.")],
+    control: Annotated[str, typer.Option(help="Where they reach the control plane, host:port.")],
+    enrolment: Annotated[str, typer.Option(help="Where newcomers ask, host:port.")],
+) -> None:
+    """Make the coordinator's office: its keys, its certificate authority, consortium.toml."""
+    from server import office as offices
+    from shared_models.signing import public_key
+
+    try:
+        made = offices.create(folder, name=name, fleet=fleet, control=control, enrolment=enrolment)
+    except FileExistsError as error:
+        raise ConsiliaError(f"{error}; choose another folder") from error
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    print(f"wrote {folder / 'consortium.toml'}; keep a copy of the folder where no one else looks")
+    print(f"coordinator {public_key(made.key)}")
+
+
+@app.command()
+def invite(
+    site: Annotated[str, typer.Argument(help="The hospital's name in the consortium.")],
+    office: OfficeDir = Path(),
+    days: Annotated[int, typer.Option(min=1, max=365, help="How long it can be used.")] = 14,
+    out: Annotated[Path | None, typer.Option(help="The invite; none: SITE.invite.json.")] = None,
+) -> None:
+    """Write an invite for one hospital. It holds no secret: send it by any mail."""
+    from server import office as offices
+    from shared_models.files import create
+    from shared_models.signing import canonical
+
+    file = out or Path(f"{site}.invite.json")
+    if file.exists():
+        raise ConsiliaError(f"{file} exists; choose another --out")
+    signed = offices.invite(offices.read(office), site, days=days)
+    create(file, canonical(signed), mode=0o644)
+    print(f"wrote {file}; the hospital runs: consilia-site join {file.name}")
+
+
+@app.command()
+def sites(office: OfficeDir = Path(), as_json: AsJson = False) -> None:
+    """Show every hospital: where it stands, words to compare, days left, when it was last here."""
+    from server import office as offices
+
+    home = offices.read(office)
+    rows, head = offices.table(home), offices.head(home)
+    if as_json:
+        found = [row.model_dump(mode="json") for row in rows]
+        print(json.dumps({"sites": found, "register": head}))
+        return
+    table = Table("site", "state", "words to compare", "days left", "last seen")
+    for row in rows:
+        seen = f"{row.last_seen:%Y-%m-%d %H:%M} UTC" if row.last_seen else ""
+        days = "" if row.days_left is None else str(row.days_left)
+        table.add_row(row.site, row.state, row.words or "", days, seen)
+    Console().print(table)
+
+
+@app.command()
+def accept(
+    site: Annotated[str, typer.Argument(help="The hospital that asks.")],
+    words: Annotated[str, typer.Option(help="The words its people read out to you by phone.")],
+    office: OfficeDir = Path(),
+) -> None:
+    """Let a hospital in whose people read out the words of what it asked."""
+    from server import office as offices
+
+    offices.accept(offices.read(office), site, words)
+    print(f"{site} is let in; it fetches its certificate by itself")
+
+
+@app.command()
+def refuse(
+    site: Annotated[str, typer.Argument(help="The hospital that asks.")], office: OfficeDir = Path()
+) -> None:
+    """Turn down what came in a hospital's name; it needs a new invite then."""
+    from server import office as offices
+
+    offices.refuse(offices.read(office), site)
+    print(f"what came in the name of {site} is turned down")
+
+
+@app.command()
+def revoke(
+    site: Annotated[str, typer.Argument(help="The hospital to let in no more.")],
+    office: OfficeDir = Path(),
+) -> None:
+    """Let a hospital in no more, from its next call and before the next round; no other notices."""
+    from server import office as offices
+
+    offices.revoke(offices.read(office), site)
+    print(f"{site} is revoked; to let it in again, invite it anew: it makes new keys then")
+
+
+@app.command()
+def serve(
+    office: Annotated[Path, typer.Argument(help="The coordinator's office.")] = Path(),
+) -> None:
+    """Answer hospitals on the control and the enrolment port until stopped (Ctrl-C or SIGTERM)."""
+    from server import control, desk
+    from server import office as offices
+    from shared_models.contracts import Bulletin, Visit
+
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    home = offices.read(office)
+
+    def visit(site: str, told: Visit) -> Bulletin:
+        found = desk.Desk(home.folder, home.key, offices.enrolled(home))
+        return desk.visit(found, told, site=site, today=_today())
+
+    with _stopping() as stop, control.serve(home, visit=visit) as ports:
+        print(f"control on port {ports.control}, enrolment on port {ports.enrolment}", flush=True)
+        stop.wait()
 
 
 @app.command()
@@ -173,6 +297,47 @@ def sign(
 
 
 @app.command()
+def propose(
+    plan: PlanFile,
+    office: OfficeDir = Path(),
+    validation: Annotated[
+        Path | None, typer.Option(help="The coordinator's held-out set: a manifest (CSV).")
+    ] = None,
+    validation_root: Annotated[
+        Path | None, typer.Option(help="What the manifest's paths are relative to.")
+    ] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="The warm start the plan states (safetensors).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sign a plan and offer it to the hospitals it names; each decides for itself."""
+    from server import desk, store
+    from server import office as offices
+    from shared_models import plan as plans
+
+    home = offices.read(office)
+    settings = store.RunSettings(
+        signing_key=(office / "signing.pem").resolve(),
+        sites={},
+        validation_manifest=validation and validation.resolve(),
+        validation_root=validation_root and validation_root.resolve(),
+    )
+    found = desk.propose(
+        desk.Desk(home.folder, home.key, offices.enrolled(home)),
+        plans.read(plan).plan,
+        settings=settings,
+        today=_today(),
+        start=start,
+    )
+    if as_json:
+        print(json.dumps({"study": found.study, "run_dir": str(found.run_dir)}))
+    else:
+        name, sites = found.signed.plan.name, ", ".join(found.signed.plan.sites)
+        print(f"offered study {found.study[:12]} '{name}' to {sites}")
+
+
+@app.command()
 def keygen(file: Annotated[Path, typer.Argument(help="The new key's file (PEM).")]) -> None:
     """Make the coordinator's signing key and print its public half."""
     from shared_models import signing
@@ -249,6 +414,19 @@ def _progress() -> Iterator[_Bars]:
         shown = _Bars(bars, console)
         yield shown
         shown._close()
+
+
+@contextmanager
+def _stopping() -> Iterator[threading.Event]:
+    """Let Ctrl-C and SIGTERM set an event, instead of ending the process where it stands."""
+    stop = threading.Event()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

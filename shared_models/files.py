@@ -4,6 +4,7 @@ Guarantees:
     What ``replace`` or ``append_line`` wrote is on disk when it returns.
     A crash during ``replace`` leaves the old content.
     A line cut short by a crash is never glued to the next one.
+    What ``create`` made is whole, and took no other file's place.
 """
 
 from __future__ import annotations
@@ -46,6 +47,26 @@ def replace(file: Path, content: bytes, *, mode: int = 0o666) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    _sync_folder(file.parent)
+
+
+def create(file: Path, content: bytes, *, mode: int = 0o600) -> None:
+    """Make a new file with ``content``, atomically and durably.
+
+    Raises:
+        FileExistsError: if ``file`` exists; it is left as it is.
+        OSError: if the folder is missing, full or not writable.
+    """
+    temporary = file.with_name(f".{file.name[:100]}.{uuid4().hex}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.link(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
     _sync_folder(file.parent)
 
 

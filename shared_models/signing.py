@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -30,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
 
 from shared_models.contracts import Contract, Signature
 from shared_models.errors import DocumentError
+from shared_models.files import create
 
 
 def canonical(value: Contract) -> bytes:
@@ -86,16 +86,12 @@ def create_key(file: Path) -> Ed25519PrivateKey:
 
 
 def write_secret(file: Path, content: bytes) -> None:
-    """Write ``content`` to a new file only its owner can read.
+    """Write ``content`` to a new file only its owner can read, all of it or nothing.
 
     Raises:
         FileExistsError: if ``file`` exists.
     """
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
+    create(file, content, mode=0o600)
 
 
 def load_key(file: Path) -> Ed25519PrivateKey:
