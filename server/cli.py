@@ -131,41 +131,6 @@ def revoke(
 
 
 @app.command()
-def propose(
-    plan: PlanFile,
-    office: OfficeDir = Path(),
-    validation: Annotated[
-        Path | None, typer.Option(help="Your held-out set: a manifest (CSV) of no site's patients.")
-    ] = None,
-    validation_root: Annotated[
-        Path | None, typer.Option(help="What the manifest's paths are relative to.")
-    ] = None,
-    start: Annotated[
-        Path | None, typer.Option(help="The warm start the plan states (safetensors).")
-    ] = None,
-) -> None:
-    """Sign a plan and offer it to the hospitals it names, which decide for themselves."""
-    from server import desk
-    from server import office as offices
-    from server.store import RunSettings
-    from shared_models import plan as plans
-
-    home = offices.read(office)
-    settings = RunSettings(
-        signing_key=(home.folder / "signing.pem").resolve(),
-        sites={},
-        validation_manifest=None if validation is None else validation.resolve(),
-        validation_root=None if validation_root is None else validation_root.resolve(),
-    )
-    at = desk.Desk(home.folder, home.key, offices.enrolled(home))
-    found = desk.propose(at, plans.read(plan).plan, settings=settings, today=_today(), start=start)
-    print(f"offered study {found.study[:12]} '{found.signed.plan.name}'")
-    print(
-        f"run it when enough hospitals have approved: consilia-coordinator run {found.study[:12]}"
-    )
-
-
-@app.command()
 def studies(office: OfficeDir = Path(), as_json: AsJson = False) -> None:
     """Show every study: where it stands, how many rounds are done, what each hospital decided."""
     from server import desk
@@ -385,6 +350,48 @@ def sign(
         raise ConsiliaError(found)
     replace(plan, plans.render(draft, signing.sign(draft, key=private)).encode())
     print(f"signed study {signing.digest(draft)[:12]} '{draft.name}'")
+
+
+@app.command()
+def propose(
+    plan: PlanFile,
+    office: OfficeDir = Path(),
+    validation: Annotated[
+        Path | None, typer.Option(help="The coordinator's held-out set: a manifest (CSV).")
+    ] = None,
+    validation_root: Annotated[
+        Path | None, typer.Option(help="What the manifest's paths are relative to.")
+    ] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="The warm start the plan states (safetensors).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sign a plan and offer it to the hospitals it names; each decides for itself."""
+    from server import desk, store
+    from server import office as offices
+    from shared_models import plan as plans
+
+    home = offices.read(office)
+    settings = store.RunSettings(
+        signing_key=(office / "signing.pem").resolve(),
+        sites={},
+        validation_manifest=validation and validation.resolve(),
+        validation_root=validation_root and validation_root.resolve(),
+    )
+    found = desk.propose(
+        desk.Desk(home.folder, home.key, offices.enrolled(home)),
+        plans.read(plan).plan,
+        settings=settings,
+        today=_today(),
+        start=start,
+    )
+    if as_json:
+        print(json.dumps({"study": found.study, "run_dir": str(found.run_dir)}))
+    else:
+        name, sites = found.signed.plan.name, ", ".join(found.signed.plan.sites)
+        print(f"offered study {found.study[:12]} '{name}' to {sites}")
+        print(f"when enough have approved: consilia-coordinator run {found.study[:12]}")
 
 
 @app.command()

@@ -32,6 +32,8 @@ class Stage:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.office = folder / "office"
+        self.desk = folder / "desk"  # Python reads the folder it is started in
+        self.desk.mkdir()
         self.running: dict[str, subprocess.Popen[bytes]] = {}
 
     def do(self, module: str, *arguments: str | Path, code: int = 0) -> str:
@@ -40,7 +42,7 @@ class Stage:
             capture_output=True,
             text=True,
             timeout=PATIENCE_S,
-            cwd=self.folder,
+            cwd=self.desk,
         )
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
@@ -58,7 +60,7 @@ class Stage:
                 [sys.executable, "-m", module, *map(str, arguments)],
                 stdout=log,
                 stderr=log,
-                cwd=self.folder,
+                cwd=self.desk,
                 start_new_session=True,
             )
 
@@ -176,9 +178,11 @@ def test_1_an_office_is_made_and_hospitals_are_let_in_by_words(stage: Stage) -> 
         invite = stage.folder / f"{name}.invite.json"
         stage.coordinator("invite", name, "--office", stage.office, "--out", invite)
         joining = subprocess.Popen(
-            [sys.executable, "-m", "client.cli", "join", str(invite)]
-            + ["--folder", str(stage.folder / name), "--root", str(data)]
-            + ["--manifest", str(data / "manifest.csv"), "--wait", "2"],
+            [
+                *(sys.executable, "-m", "client.cli", "join", str(invite)),
+                *("--folder", str(stage.folder / name), "--root", str(data)),
+                *("--manifest", str(data / "manifest.csv"), "--wait", "2"),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -214,7 +218,7 @@ def test_2_a_study_is_offered_judged_and_decided(stage: Stage) -> None:
     study = stage.studies()[0]["study"]
 
     def offered(name: str) -> bool:
-        return study[:12] in stage.site(name, "studies")
+        return study in stage.site(name, "studies", "--json")
 
     for name in SITES:
         stage.until(lambda name=name: offered(name), f"{name} hears of the study")  # type: ignore[misc]
@@ -257,7 +261,7 @@ def test_4_a_revoked_hospital_is_cut_off_and_no_other_notices(stage: Stage) -> N
     )
     (stage.folder / "second.toml").write_text(plans.render(second))
     stage.coordinator("propose", stage.folder / "second.toml", "--office", stage.office)
-    stage.until(lambda: "films-2" in stage.site("north", "studies"), "north hears of it")
+    stage.until(lambda: "films-2" in stage.site("north", "studies", "--json"), "north hears of it")
     assert stage.log("north").count("visit to the coordinator failed") == before
 
 
