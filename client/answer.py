@@ -26,7 +26,8 @@ from client import config as configs
 from client import journal, ledger, masks, outbox, peers, studies
 from client.config import SiteConfig
 from client.gate import Refused, Result, pass_out, refusal
-from client.policy import judge
+from client.policy import broken_rules, is_quiet
+from shared_models.catalogue import objections as unsound
 from shared_models.contracts import PrivacyStatement, Reservation, RoundOrder
 from shared_models.errors import ConsiliaError, DataError, LedgerError
 from shared_models.plan import SignedPlan, StudyPlan, event_of
@@ -230,7 +231,9 @@ def _admitted(order: RoundOrder, vector: Array, site: Site) -> Study:
     if is_first and plan.start not in (None, order.weights_digest):
         raise Refused("bad-order", "the weights are not the start that the plan states")
     if order.study not in site.studies:
-        objections = judge(plan, site.config, today=_today())
+        plugins = site.config.policy.plugins
+        objections = broken_rules(plan, site.config)
+        objections += unsound(plan, today=_today(), plugins=plugins)
         if objections:
             raise Refused("policy", "; ".join(objections))
         site.studies[order.study] = _prepared(plan, site)
@@ -302,6 +305,8 @@ def _said_before(order: RoundOrder, plan: StudyPlan, site: Site) -> Letter | Non
 def _said_now(order: RoundOrder, vector: Array, study: Study, site: Site) -> Letter:
     """Do what the order asks, and keep and commit what of it may leave."""
     config = site.config
+    if is_quiet(config.policy, datetime.now(UTC)):
+        raise Refused("quiet-hours", "nothing is trained at this hour; see policy.quiet_hours")
     result = _obey(order, unflatten(vector, study.schema), study, site)
     passed = pass_out(result, order=order, plan=study.plan, site=config, schema=study.schema)
     if not isinstance(passed, tuple):
