@@ -14,6 +14,7 @@ from zoneinfo import ZoneInfo
 from pydantic import Field, ValidationError, model_validator
 
 from shared_models.contracts import (
+    Address,
     Contract,
     MetricName,
     Name,
@@ -27,11 +28,24 @@ from shared_models.plan import Purpose, read_text, sentences
 
 
 class LinkSettings(Contract):
-    """How the site reaches the coordinator's SuperLink: outbound only, TLS, node authentication."""
+    """How the site reaches the coordinator: outbound only, TLS, at most two connections.
+
+    ``address`` is its SuperLink's, where weights travel, by the ``node_key``. ``control`` is its
+    control plane's, by the ``certificate``: one file with the site's certificate and its key, so
+    that a renewal changes both in one step. Sites that never joined have neither.
+    """
 
     address: Annotated[str, Field(pattern=r"^[^\s/]+:\d{1,5}$")]
     root_certificates: Path
     node_key: Path
+    control: Address | None = None
+    certificate: Path | None = None
+
+    @model_validator(mode="after")
+    def _check_that_control_has_its_certificate(self) -> Self:
+        if (self.control is None) is not (self.certificate is None):
+            raise ValueError("expected control and certificate together, or neither")
+        return self
 
 
 class DataSettings(Contract):
@@ -165,6 +179,7 @@ def _absolute(config: SiteConfig, base: Path) -> SiteConfig:
                 update={
                     "root_certificates": base / link.root_certificates,
                     "node_key": base / link.node_key,
+                    "certificate": link.certificate and base / link.certificate,
                 }
             ),
             "policy": config.policy.model_copy(update={"peers": base / config.policy.peers}),

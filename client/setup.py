@@ -73,10 +73,14 @@ def config_text(
     root_certificates: str,
     manifest: str,
     root: str,
+    control: str | None = None,
     allow_without_privacy: bool = False,
     max_epsilon: float = 8.0,
 ) -> str:
-    """Return a commented ``site.toml`` with these values and cautious defaults."""
+    """Return a commented ``site.toml`` with these values and cautious defaults.
+
+    Without ``control`` the settings of the control plane stand there as comments.
+    """
     template = Template((files("client") / "templates" / "site.toml").read_text(encoding="utf-8"))
     return template.substitute(
         name=_quoted(name),
@@ -85,6 +89,8 @@ def config_text(
         root_certificates=_quoted(root_certificates),
         manifest=_quoted(manifest),
         root=_quoted(root),
+        mark="# " if control is None else "",
+        control=_quoted(control or "coordinator.example.org:8443"),
         allow_without_privacy=str(allow_without_privacy).lower(),
         max_epsilon=max_epsilon,
         max_epsilon_lifetime=2 * max_epsilon,

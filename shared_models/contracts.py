@@ -33,6 +33,7 @@ Address = Annotated[str, Field(pattern=r"^[A-Za-z0-9.:\[\]_-]{1,255}:\d{1,5}$")]
 Pem = Annotated[str, Field(pattern=r"^-----BEGIN [A-Z ]{1,40}-----\n", max_length=8192)]
 NodeKey = Annotated[str, Field(pattern=r"^ecdsa-sha2-nistp384 [A-Za-z0-9+/=]{1,300}$")]
 Version = Annotated[str, Field(pattern=r"^[0-9A-Za-z.+-]{1,40}$")]
+ProbeBytes = Annotated[int, Field(ge=0, le=2**30)]
 Title = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,120}$")]
 
 OrderKind = Literal["train", "evaluate", "alone"]
@@ -554,6 +555,22 @@ class Bulletin(Contract):
     receipt: SignedReceipt | None = None
 
 
+class ProbeRequest(Contract):
+    """A site measures the way to its coordinator: it sends so many bytes, then asks for so many."""
+
+    schema_version: Literal[1] = 1
+    up_bytes: ProbeBytes = 0
+    down_bytes: ProbeBytes = 0
+
+
+class ProbeAnswer(Contract):
+    """What the coordinator says of a probe, at once and when all has come: how much, and when."""
+
+    schema_version: Literal[1] = 1
+    received_bytes: Count
+    when: datetime
+
+
 # --- what the coordinator keeps and publishes
 
 
@@ -702,6 +719,8 @@ CONTRACTS: tuple[type[Contract], ...] = (
     Receipt,
     SignedReceipt,
     Bulletin,
+    ProbeRequest,
+    ProbeAnswer,
     RoundRecord,
     ValidationReport,
     StudyReport,

@@ -86,7 +86,10 @@ def test_performance_may_be_left_out(data: dict[str, Any], tmp_path: Path) -> No
     ("where", "sentence"),
     [
         ((), "state_dirs: unknown key; known here: coordinator, data, link, name, performance"),
-        (("link",), "link.state_dirs: unknown key; known here: address, node_key, root_cert"),
+        (
+            ("link",),
+            "link.state_dirs: unknown key; known here: address, certificate, control, node_",
+        ),
         (("data",), "data.state_dirs: unknown key; known here: classes, manifest, root"),
         (("policy",), "policy.state_dirs: unknown key; known here: allow_without_privacy, coor"),
         (("performance",), "performance.state_dirs: unknown key; known here: autocast, device"),

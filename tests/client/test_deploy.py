@@ -20,6 +20,7 @@ def test_the_example_site_is_what_init_writes() -> None:
         root_certificates="consortium-ca.crt",
         manifest="/data/chest/manifest.csv",
         root="/data/chest",
+        control="control.example.org:443",
     )
     assert (DEPLOY / "site.toml").read_text() == text
 

@@ -128,9 +128,20 @@ def test_by_default_nothing_leaves_without_privacy() -> None:
 
 
 def test_every_setting_of_a_site_stands_in_its_commented_file() -> None:
-    data = tomllib.loads(setup.config_text(**TEXTS))
+    data = tomllib.loads(setup.config_text(**TEXTS, control="fl.example.org:443"))
     assert set(data) == set(config.SiteConfig.model_fields)
     for table in ("link", "data", "policy", "performance"):
         model = config.SiteConfig.model_fields[table].annotation
         assert isinstance(model, type)
         assert set(data[table]) == set(model.model_fields)  # type: ignore[attr-defined]
+
+
+def test_a_site_that_never_joined_has_no_control_plane() -> None:
+    link = config.parse(setup.config_text(**TEXTS)).link
+    assert (link.control, link.certificate) == (None, None)
+
+
+def test_control_and_its_certificate_go_together() -> None:
+    text = setup.config_text(**TEXTS, control="fl.example.org:443")
+    with pytest.raises(DocumentError, match="control and certificate together"):
+        config.parse(text.replace('certificate = "keys/control.pem"', ""))

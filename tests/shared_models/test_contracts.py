@@ -38,6 +38,8 @@ from shared_models.contracts import (
     Offer,
     PrivacyEvent,
     PrivacyStatement,
+    ProbeAnswer,
+    ProbeRequest,
     Receipt,
     Refusal,
     RefusalCode,
@@ -175,6 +177,8 @@ EXAMPLES: tuple[Contract, ...] = (
         offers=(OFFER,),
         receipt=SignedReceipt(receipt=RECEIPT, signature=SIGNATURE),
     ),
+    ProbeRequest(up_bytes=2**30, down_bytes=0),
+    ProbeAnswer(received_bytes=2**20, when=NOON),
     RoundRecord(
         round_=1,
         kind="train",
