@@ -80,6 +80,7 @@ MAX_ORDER_BYTES = 4 * 2**30
 UNSEATED = (401, 404)  # the SuperLink no longer knows this node
 FINISHED = 403  # the run has ended: nobody waits for the reply
 NOT_ADMITTED = 412
+NO_HEARTBEAT = 400  # the key is enrolled; the heartbeat is refused
 
 Result = TypeVar("Result")
 
@@ -154,6 +155,46 @@ def run(
             ended.set()
             heart.join()
             seat.leave()
+
+
+class Knock(NamedTuple):
+    """What the SuperLink said to a knock: its status, whether it knows this site's key, and when.
+
+    ``date`` is its own time as it states it, if it does; ``at`` this machine's, then.
+    """
+
+    status: int
+    is_enrolled: bool
+    date: str | None
+    at: float
+    round_trip_s: float
+
+
+def knock(link: FleetLink) -> Knock:
+    """Ask the SuperLink whether it knows this site's key, and take no seat there.
+
+    Design: a node that asks to be activated with a heartbeat no node may have is refused in one way
+    if its key is enrolled, and in another if not; neither changes anything.
+
+    Raises:
+        DocumentError: if the key or the certificates cannot be read.
+        httpx.HTTPError: if it cannot be reached.
+    """
+    with _connected(link) as (client, public_key):
+        request = ActivateNodeRequest(public_key=public_key, heartbeat_interval=-1.0)
+        for _ in range(2):  # the second on an open connection, so that its time is the way's alone
+            answer = httpx.Response(httpx.codes.OK)  # which no SuperLink would say to that
+            start, begun = time.time(), time.monotonic()
+            try:
+                client.ActivateNode(request)
+            except httpx.HTTPStatusError as error:
+                answer = error.response
+            except ValueError as error:
+                log.debug("an answer of another kind: %s", type(error).__name__)
+            seconds = time.monotonic() - begun
+    status = answer.status_code
+    is_enrolled = status == NO_HEARTBEAT and b"heartbeat" in answer.content.lower()
+    return Knock(status, is_enrolled, answer.headers.get("date"), start + seconds / 2, seconds)
 
 
 class _Seat:

@@ -32,7 +32,7 @@ from client import config as configs
 from client import journal, ledger, masks, outbox, peers, studies
 from client.config import SiteConfig
 from client.gate import Refused, Result, pass_out, refusal
-from client.policy import broken_rules
+from client.policy import broken_rules, is_quiet
 from client.supervisor import Supervisor, exposed
 from client.work import Bench, Cohort, Job, Step, Trainer
 from shared_models.contracts import PrivacyStatement, Reservation, RoundOrder
@@ -356,6 +356,8 @@ def _said_before(order: RoundOrder, plan: StudyPlan, site: Site) -> Letter | Non
 def _said_now(order: RoundOrder, vector: Array, study: Study, site: Site) -> Letter:
     """Do what the order asks, and keep and commit what of it may leave."""
     config = site.config
+    if is_quiet(config.policy, datetime.now(UTC)):
+        raise Refused("quiet-hours", "nothing is trained at this hour; see policy.quiet_hours")
     result = _obey(order, vector, study, site)
     passed = pass_out(result, order=order, plan=study.plan, site=config, schema=study.schema)
     if not isinstance(passed, tuple):

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -108,6 +108,30 @@ def join(
             print("not let in yet; run the same command again once the coordinator has decided")
             raise typer.Exit(1)
     print(f"{found.site} is in: its certificate holds {certificate.days_left(joining.config)} days")
+
+
+@app.command()
+def check(
+    plan: Annotated[Path | None, typer.Argument(help="The plan to check against (TOML).")] = None,
+    config: ConfigFile = Path("site.toml"),
+    quick: Annotated[bool, typer.Option("--quick", help="No dry batch, no bandwidth.")] = False,
+    all_images: Annotated[bool, typer.Option("--all", help="Open every image.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Try everything a study needs: keys, data, machine, network. Exit 0: nothing is wrong."""
+    from client import preflight
+    from client.preflight import show
+
+    depth: Literal["quick", "sample", "all"]
+    depth = "all" if all_images else "quick" if quick else "sample"
+    with show.progress() as progress:
+        areas = preflight.examine(config, plan, depth=depth, progress=progress)
+    if as_json:
+        print(show.as_json(areas))
+    else:
+        show.print_table(areas)
+    found = [finding for findings in areas.values() for finding in findings]
+    raise typer.Exit(1 if any(finding.ok is False for finding in found) else 0)
 
 
 @app.command()

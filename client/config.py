@@ -9,6 +9,7 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from zoneinfo import ZoneInfo
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -49,16 +50,33 @@ class LinkSettings(Contract):
 
 
 class DataSettings(Contract):
-    """Where the images are. The coordinator never learns these paths."""
+    """Where the images are. The coordinator never learns these paths.
+
+    ``classes`` says what the labels' numbers mean here, in their order: from 0 where a label is a
+    class, from 1 where it is a map, whose 0 is the background. Who labels with words needs none.
+    """
 
     manifest: Path
     root: Path
+    classes: tuple[str, ...] = ()
+
+
+_DAY = "(mon|tue|wed|thu|fri|sat|sun)"
+_TIME = r"([01]\d|2[0-3]):[0-5]\d"
+#: One stretch of quiet: days of the week, if not all of them, and from when to when.
+QuietHours = Annotated[
+    str,
+    Field(pattern=rf"^({_DAY}(-{_DAY})?(,{_DAY}(-{_DAY})?)* )?{_TIME}-({_TIME}|24:00)$"),
+]
 
 
 class PolicySettings(Contract):
     """What this hospital allows. Anything not allowed here is refused.
 
     ``peers`` names the file of the hospitals it trusts for secure aggregation (``peers.py``).
+    ``quiet_hours`` are when nothing is trained, by the clocks of ``time_zone`` (an IANA name) or
+    else of this machine: ``"07:00-19:00"``, ``"mon-fri 07:00-19:00"``, ``"sat,sun 00:00-24:00"``. A
+    stretch that ends before it begins ends on the next day.
     """
 
     coordinators: tuple[PublicKey, ...]
@@ -76,6 +94,19 @@ class PolicySettings(Contract):
     allow_without_privacy: bool = False
     plugins: tuple[str, ...] = ()
     peers: Path = Path("peers.toml")
+    quiet_hours: tuple[QuietHours, ...] = ()
+    time_zone: str = ""
+
+    @model_validator(mode="after")
+    def _check_that_the_hours_can_be_told(self) -> Self:
+        if any(hours[-11:-6] == hours[-5:] for hours in self.quiet_hours):
+            raise ValueError("expected quiet_hours that end at another time than they begin")
+        if self.time_zone and not _is_time_zone(self.time_zone):
+            raise ValueError(
+                "expected a time_zone known to this machine, such as Europe/Berlin; leave it empty "
+                "to go by the machine's own clock"
+            )
+        return self
 
 
 class PerformanceSettings(Contract):
@@ -144,6 +175,14 @@ def parse(text: str) -> SiteConfig:
         return SiteConfig.model_validate(tomllib.loads(text))
     except ValidationError as error:
         raise DocumentError(sentences(error, model=SiteConfig)) from error
+
+
+def _is_time_zone(name: str) -> bool:
+    try:
+        ZoneInfo(name)
+    except (KeyError, OSError, ValueError):  # no such zone, a folder of zones, no name at all
+        return False
+    return True
 
 
 def _absolute(config: SiteConfig, base: Path) -> SiteConfig:

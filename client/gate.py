@@ -110,6 +110,12 @@ def refusal(order: RoundOrder, code: str) -> Refusal:
     )
 
 
+def allowed_metrics(plan: StudyPlan, site: SiteConfig) -> set[str]:
+    """Return the names of the metrics that may leave: those listed, and each for each class."""
+    listed = set(site.policy.metrics)
+    return listed | {f"{metric}_{name}" for metric in listed for name in _classes(plan)}
+
+
 def _reply(
     result: Result, vector: Vector | None, *, order: RoundOrder, plan: StudyPlan, site: SiteConfig
 ) -> SiteReply:
@@ -210,9 +216,7 @@ def _redacted(
     """Keep the metrics the site lists (``dice`` allows ``dice_<class>``), over enough patients."""
     if evaluation is None or evaluation.num_patients < site.policy.min_test_patients:
         return None
-    classes = _classes(plan)
-    listed = set(site.policy.metrics)
-    allowed = listed | {f"{metric}_{name}" for metric in listed for name in classes}
+    allowed = allowed_metrics(plan, site)
     return evaluation.model_copy(
         update={
             "metrics": {k: round(v, 4) for k, v in evaluation.metrics.items() if k in allowed},

@@ -1402,7 +1402,7 @@ def test_a_site_that_objects_does_not_rehearse(
             state_dir=tmp_path,
             trusted={},
         )
-    assert len(caught.value.objections) == 2
+    assert len(caught.value.objections) == 3
     assert all(objection.startswith("north: ") for objection in caught.value.objections)
 
 
@@ -1410,3 +1410,24 @@ def test_a_site_that_objects_does_not_rehearse(
 def test_the_device_is_the_one_configured_or_the_one_there_is(device: str, site_of) -> None:
     found = device_of(site_of({"performance.device": device}).performance)
     assert found in ("cpu", "cuda") if device == "auto" else found == device
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate", "alone"])
+def test_in_quiet_hours_nothing_is_done_or_charged(
+    kind: str, house_of: Houses, trainings: list[dict[str, Any]]
+) -> None:
+    house = house_of({}, {"quiet_hours": ("00:00-24:00",)})
+    assert code_of(house, house.letter(kind)) == "quiet-hours"
+    assert (trainings, house.charged()) == ([], [])
+
+
+def test_in_quiet_hours_a_reply_made_before_is_given_again(
+    house_of: Houses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = house_of({}, {"quiet_hours": ("00:00-24:00",)})
+    letter = house.letter()
+    with monkeypatch.context() as loud:
+        loud.setattr("client.answer.is_quiet", lambda *_: False)
+        before = answer(letter, house.site)
+    assert before.kind == "reply"
+    assert answer(letter, house.site) == before

@@ -90,7 +90,7 @@ def test_performance_may_be_left_out(data: dict[str, Any], tmp_path: Path) -> No
             ("link",),
             "link.state_dirs: unknown key; known here: address, certificate, control, node_",
         ),
-        (("data",), "data.state_dirs: unknown key; known here: manifest, root"),
+        (("data",), "data.state_dirs: unknown key; known here: classes, manifest, root"),
         (("policy",), "policy.state_dirs: unknown key; known here: allow_without_privacy, coor"),
         (("performance",), "performance.state_dirs: unknown key; known here: autocast, device"),
     ],
@@ -126,6 +126,7 @@ WRONG: dict[str, Any] = {
     "policy.max_update_mb": float("inf"),
     "policy.metrics": [SECRET],
     "policy.allow_without_privacy": SECRET,
+    "policy.quiet_hours": [SECRET],
     "performance.device": SECRET,
     "performance.threads": 0,
 }
@@ -188,3 +189,45 @@ def test_a_configuration_cannot_be_changed(site_of) -> None:
     site = site_of()
     with pytest.raises(ValueError, match="frozen"):
         site.policy.max_delta = 0.5
+
+
+@pytest.mark.parametrize(
+    "hours",
+    [
+        "07:00-19:00",
+        "mon-fri 07:00-19:00",
+        "sat,sun 00:00-24:00",
+        "mon-wed,fri 22:00-06:00",
+    ],
+)
+def test_quiet_hours_are_read_as_written(hours: str, data: dict[str, Any], tmp_path: Path) -> None:
+    data["policy"] |= {"quiet_hours": [hours], "time_zone": "Europe/Berlin"}
+    found = config.read(written(tmp_path, data)).policy
+    assert (found.quiet_hours, found.time_zone) == ((hours,), "Europe/Berlin")
+
+
+@pytest.mark.parametrize(
+    "hours",
+    [
+        *("7:00-19:00", "07:00", "07:00-24:30", "24:00-07:00", "25:00-07:00", "07:60-08:00", ""),
+        *("mo 07:00-19:00", "mon-tue-wed 07:00-19:00", "mon 07:00-19:00 ", "07:00-07:00"),
+        *("mon,07:00-19:00", "MON 07:00-19:00", "mon  07:00-19:00", "07:00-19:00,20:00-21:00"),
+    ],
+)
+def test_hours_that_cannot_be_told_are_refused(
+    hours: str, data: dict[str, Any], tmp_path: Path
+) -> None:
+    data["policy"]["quiet_hours"] = [hours]
+    with pytest.raises(DocumentError) as caught:
+        config.read(written(tmp_path, data))
+    (objection,) = caught.value.objections
+    assert objection.startswith("policy")
+
+
+@pytest.mark.parametrize("zone", ["Europe", "Europe/Atlantis", "../UTC", "/etc/localtime"])
+def test_a_time_zone_nobody_knows_is_refused(
+    zone: str, data: dict[str, Any], tmp_path: Path
+) -> None:
+    data["policy"]["time_zone"] = zone
+    with pytest.raises(DocumentError, match="time_zone known to this machine"):
+        config.read(written(tmp_path, data))

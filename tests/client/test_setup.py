@@ -106,7 +106,7 @@ def test_any_printable_text_comes_back_from_toml_as_it_was(text: str) -> None:
             setup.config_text(**TEXTS | {"manifest": text})
         return
     data = tomllib.loads(setup.config_text(**TEXTS | {"manifest": text}))
-    assert data["data"] == {"manifest": text, "root": "."}
+    assert data["data"] == {"manifest": text, "root": ".", "classes": []}
     assert set(data) == set(tomllib.loads(setup.config_text(**TEXTS)))
 
 
