@@ -134,13 +134,19 @@ def _finds_line(places: NDArray[np.intp], values: Pixels, row: int) -> bool:
     """Return whether strokes of one of the two commonest values make a line of text."""
     if len(places) < FEWEST_PIXELS:
         return False
-    found = values[places]
-    levels, counts = np.unique(found, return_counts=True)
-    return any(
-        _has_line(*np.divmod(places[found == levels[index]], row))
-        for index in np.argsort(counts)[-2:]
-        if counts[index] >= FEWEST_PIXELS
-    )
+    found = values[places].astype(np.int64)
+    found -= found.min()
+    if found.max() >= 2**16:
+        found = np.unique(found, return_inverse=True)[1]
+    counts = np.bincount(found)
+    for _ in range(2):
+        level = int(np.argmax(counts))
+        if counts[level] < FEWEST_PIXELS:
+            return False
+        if _has_line(*np.divmod(places[found == level], row)):
+            return True
+        counts[level] = 0
+    return False
 
 
 def _has_line(rows: NDArray[np.intp], columns: NDArray[np.intp]) -> bool:
