@@ -29,7 +29,10 @@ from typing import Literal, NamedTuple
 
 from pydicom import DataElement, Dataset, config
 from pydicom.datadict import keyword_for_tag
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import FileMetaDataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_sequence
 from pydicom.sequence import Sequence
 from pydicom.tag import BaseTag
 
@@ -119,8 +122,8 @@ class Change(NamedTuple):
 def deidentify(dataset: Dataset, terms: Terms, key: Key) -> Dataset | Refused:
     """Return a new data set, with file meta information, that holds no identifier of ``dataset``.
 
-    Pixels and other kept values are shared with the argument, not copied. To be written with
-    ``save_as(..., enforce_file_format=True)``, in the transfer syntax it came in.
+    Pixels and other kept values are shared with the argument, not copied. It is whole: to be
+    written with ``dcmwrite``, in the transfer syntax it came in.
 
     Args:
         dataset: As read with ``dcmread``, pixels included.
@@ -319,7 +322,7 @@ def _picture(dataset: Dataset, job: Job) -> Element | None:
     if len(found) < expected:
         return None
     new = pixels.without_planes(found[:expected], dataset)
-    if new == found:
+    if new is found:
         return element
     return with_bytes(element, new + b"\0" * (len(new) % 2), job)
 
@@ -333,19 +336,31 @@ def _sign(kept: dict[BaseTag, Element], dataset: Dataset, terms: Terms, job: Job
     put(kept, "DeidentificationMethod", "LO", METHOD, job)
     dates = "MODIFIED" if terms.dates == "shift" else "REMOVED"
     put(kept, "LongitudinalTemporalInformationModified", "CS", dates, job)
-    items = []
-    for value in _methods(dataset, terms):
-        code: dict[BaseTag, Element] = {}
-        _put_code(code, ("DCM", value, METHODS[value]), job)
-        items.append(as_dataset(code, job))
     tag = tag_of("DeidentificationMethodCodeSequence")
-    kept[tag] = DataElement(tag, "SQ", Sequence(items))
+    value = _method_items(_methods(dataset, terms), job.implicit, job.little)
+    kept[tag] = RawDataElement(tag, "SQ", len(value), value, 0, job.implicit, job.little)
     if job.note is not None:
         for keyword in ("PatientName", "PatientID"):
             job.note(str(tag_of(keyword)), keyword, "replaced by a pseudonym")
 
 
-def _methods(dataset: Dataset, terms: Terms) -> list[str]:
+@cache
+def _method_items(methods: tuple[str, ...], implicit: bool, little: bool) -> bytes:
+    """Return the items of these codes, encoded: the same in nearly every file."""
+    items = []
+    for method in methods:
+        item = Dataset()
+        item.CodeValue, item.CodingSchemeDesignator = method, "DCM"
+        item.CodeMeaning = METHODS[method]
+        items.append(item)
+    stream = DicomBytesIO()
+    stream.is_implicit_VR, stream.is_little_endian = implicit, little
+    tag = tag_of("DeidentificationMethodCodeSequence")
+    write_sequence(stream, DataElement(tag, "SQ", Sequence(items)), ["iso8859"])
+    return stream.getvalue()
+
+
+def _methods(dataset: Dataset, terms: Terms) -> tuple[str, ...]:
     """Return the codes of CID 7050 that hold: those found, which are history, and ours."""
     tag = tag_of("DeidentificationMethodCodeSequence")
     earlier = dataset[tag].value if tag in dataset else ()
@@ -356,7 +371,8 @@ def _methods(dataset: Dataset, terms: Terms) -> list[str]:
         "113108": terms.retain_patient,
         "113109": terms.retain_device,
     }
-    return list(dict.fromkeys([v for v in found if v in METHODS] + [v for v in ours if ours[v]]))
+    known = [value for value in found if value in METHODS]
+    return tuple(dict.fromkeys(known + [value for value in ours if ours[value]]))
 
 
 def _meta(dataset: Dataset, kept: dict[BaseTag, Element], job: Job) -> FileMetaDataset:
@@ -367,6 +383,10 @@ def _meta(dataset: Dataset, kept: dict[BaseTag, Element], job: Job) -> FileMetaD
     put(found, "TransferSyntaxUID", "UI", dataset.file_meta.TransferSyntaxUID, job)
     put(found, "ImplementationClassUID", "UI", IMPLEMENTATION, job)
     put(found, "ImplementationVersionName", "SH", "CONSILIA", job)
+    version = tag_of("FileMetaInformationVersion")
+    found[version] = RawDataElement(version, "OB", 2, b"\0\1", 0, False, True)
+    length = tag_of("FileMetaInformationGroupLength")
+    found[length] = DataElement(length, "UL", 0)  # counted when it is written
     meta = FileMetaDataset(found)
     meta.set_original_encoding(False, True, "iso8859")
     return meta

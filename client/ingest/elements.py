@@ -206,13 +206,18 @@ def with_bytes(element: Element, value: bytes, job: Job) -> RawDataElement:
 
 def first(dataset: Dataset, keyword: str) -> str:
     """Return the first value of an attribute as text without padding, empty if there is none."""
+    return text_at(dataset, keyword).partition("\\")[0].strip()
+
+
+def text_at(dataset: Dataset, keyword: str) -> str:
+    """Return all values of an attribute as one text without padding, empty if there is none."""
     tag = tag_of(keyword)
     if tag not in dataset:
         return ""
     element = dataset.get_item(tag)
     if element.is_raw and not bytes_of(element).isascii():
         element = dataset[tag]  # decoded with its character set
-    return text_of(element).partition("\\")[0].strip()
+    return text_of(element)
 
 
 def text_of(element: Element) -> str:

@@ -20,15 +20,16 @@ References:
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.uid import UID, SegmentationStorage
 
+from client.ingest.elements import first, tag_of, text_at
 from client.ingest.profile import Profile, Terms
 
 #: A stroke is at most this wide, in pixels of the scale looked at.
@@ -38,13 +39,17 @@ LINE_HEIGHT = 24
 #: Fewer stroke pixels of one value than this in one line, or fewer strokes, are no text.
 FEWEST_PIXELS = 40
 FEWEST_STROKES = 8
-#: Pixels looked at in one go.
-PIECE = 2**14
+#: Pixels looked at in one go: few enough for a processor's cache.
+PIECE = 2**15
+#: Of so many rows one is looked at first.
+COARSE_ROWS = 3
 COLOURLESS = ("MONOCHROME1", "MONOCHROME2")
 #: Modalities whose images have no colours of their own: where there are some, it is a screen.
 GREY_MODALITIES = frozenset({"CT", "MR", "PT", "CR", "DX", "MG", "NM"})
 
 Pixels = NDArray[np.int16] | NDArray[np.int32]
+#: Rows, columns and values of stroke pixels.
+_Found = tuple[NDArray[np.intp], NDArray[np.intp], Pixels]
 
 
 class NoDecoder(Exception):
@@ -53,23 +58,23 @@ class NoDecoder(Exception):
 
 def announces_text(dataset: Dataset, profile: Profile) -> bool:
     """Return whether the header alone is reason enough to expect text in the pixels."""
-    if str(dataset.get("BurnedInAnnotation", "")).strip().upper() not in ("", "NO"):
+    if first(dataset, "BurnedInAnnotation").upper() not in ("", "NO"):
         return True
-    if str(dataset.get("SOPClassUID", "")) in profile.lettered or "ConversionType" in dataset:
+    if first(dataset, "SOPClassUID") in profile.lettered or tag_of("ConversionType") in dataset:
         return True
-    kinds = {word for value in _values(dataset.get("ImageType")) for word in value.split()}
+    kinds = set(re.split(r"[\\ ]+", text_at(dataset, "ImageType").upper()))
     if kinds & profile.screens:
         return True
-    is_grey = str(dataset.get("PhotometricInterpretation", "")) in COLOURLESS
-    return not is_grey and str(dataset.get("Modality", "")) in GREY_MODALITIES
+    is_grey = first(dataset, "PhotometricInterpretation") in COLOURLESS
+    return not is_grey and first(dataset, "Modality") in GREY_MODALITIES
 
 
 def is_cleared(dataset: Dataset, terms: Terms) -> bool:
     """Return whether the site has looked at images like this one and let them pass."""
     return any(
-        str(dataset.get("Modality", "")) == rule.modality
-        and str(dataset.get("Manufacturer", "")) == rule.manufacturer
-        and str(dataset.get("ManufacturerModelName", "")) == rule.model
+        first(dataset, "Modality") == rule.modality
+        and first(dataset, "Manufacturer") == rule.manufacturer
+        and first(dataset, "ManufacturerModelName") == rule.model
         and dataset.get("Rows") == rule.rows
         and dataset.get("Columns") == rule.columns
         for rule in terms.cleared
@@ -83,7 +88,7 @@ def shows_text(dataset: Dataset) -> bool:
         NoDecoder: if nothing that is installed can decode the pixels.
         ValueError: if the header and the pixels do not fit.
     """
-    if str(dataset.get("SOPClassUID", "")) == SegmentationStorage:
+    if first(dataset, "SOPClassUID") == SegmentationStorage:
         return False  # classes of pixels, drawn by people or models: no letters, edges everywhere
     return any(has_lettering(frame) for frame in _frames(dataset))
 
@@ -95,7 +100,10 @@ def has_lettering(frame: NDArray[np.integer]) -> bool:
         frame: integers (row, column).
     """
     is_narrow = int(frame.min()) > -(2**14) and int(frame.max()) < 2**14  # differences fit 16 bits
-    whole = frame.astype(np.int16 if is_narrow else np.int32, copy=False)
+    if is_narrow and frame.dtype == np.uint16:
+        whole: Pixels = frame.view(np.int16)
+    else:
+        whole = frame.astype(np.int16 if is_narrow else np.int32, copy=False)
     for step in (1, 2, 4):
         view = np.ascontiguousarray(whole[::step, ::step])
         if min(view.shape) < 4 * STROKE_WIDTH:
@@ -111,39 +119,67 @@ def has_lettering(frame: NDArray[np.integer]) -> bool:
 def _is_lettered(view: Pixels, contrast: int) -> bool:
     """Return whether strokes of one value, brighter or darker than both sides, stand in a row.
 
-    The rows are taken as one long line, which is fastest, in pieces that fit a processor's cache;
-    the few strokes that this makes up at the ends of rows are no line of text.
+    Every third row decides whether the others are looked at: a line of text crosses several.
     """
-    width, row = STROKE_WIDTH, view.shape[1]
-    flat = view.ravel()
-    bright, dark = [], []
-    for start in range(row, len(flat) - width, PIECE):
-        stop = min(start + PIECE, len(flat) - width)
-        middle = flat[start:stop]
-        over_left = middle - flat[start - width : stop - width]
-        over_right = middle - flat[start + width : stop + width]
-        is_upright = middle == flat[start - row : stop - row]
-        raised = np.minimum(over_left, over_right) > contrast
-        sunk = np.maximum(over_left, over_right) < -contrast
-        bright.append(np.flatnonzero(raised & is_upright) + start)
-        dark.append(np.flatnonzero(sunk & is_upright) + start)
-    return any(_finds_line(np.concatenate(found), flat, row) for found in (bright, dark))
-
-
-def _finds_line(places: NDArray[np.intp], values: Pixels, row: int) -> bool:
-    """Return whether strokes of one of the two commonest values make a line of text."""
-    if len(places) < FEWEST_PIXELS:
+    bright, dark = _strokes(view, contrast, COARSE_ROWS)
+    fewest = FEWEST_PIXELS // (COARSE_ROWS + 1)
+    if max(_commonest(values) for _, _, values in (bright, dark)) < fewest:
         return False
-    found = values[places].astype(np.int64)
-    found -= found.min()
-    if found.max() >= 2**16:
-        found = np.unique(found, return_inverse=True)[1]
-    counts = np.bincount(found)
+    return any(_finds_line(*found) for found in _strokes(view, contrast, 1))
+
+
+def _strokes(view: Pixels, contrast: int, every: int) -> tuple[_Found, _Found]:
+    """Return where bright and dark strokes are in every so many rows, and their values.
+
+    A stroke differs from what lies on both sides and goes on unchanged in the row above.
+    """
+    width = STROKE_WIDTH
+    bright, dark = [], []
+    piece = every * max(1, PIECE // view.shape[1])
+    for top in range(1, len(view), piece):
+        rows = view[top : top + piece : every]
+        middle = rows[:, width:-width]
+        above = view[top - 1 : top - 1 + piece : every][: len(rows), width:-width]
+        over_left, over_right = middle - rows[:, : -2 * width], middle - rows[:, 2 * width :]
+        is_upright = middle == above
+        for is_stroke, found in (
+            (np.minimum(over_left, over_right) > contrast, bright),
+            (np.maximum(over_left, over_right) < -contrast, dark),
+        ):
+            is_stroke &= is_upright
+            y, x = np.divmod(np.flatnonzero(is_stroke), middle.shape[1])
+            found.append((y * every + top, x, middle[y, x]))
+    return _joined(bright), _joined(dark)
+
+
+def _joined(pieces: list[_Found]) -> _Found:
+    rows, columns, values = zip(*pieces, strict=True)
+    return np.concatenate(rows), np.concatenate(columns), np.concatenate(values)
+
+
+def _commonest(values: Pixels) -> int:
+    """Return how often the commonest value occurs."""
+    return int(_counts(values)[1].max(initial=0))
+
+
+def _counts(values: Pixels) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return each value as a level, and how often each level occurs."""
+    if not len(values):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    levels = values.astype(np.int64) - int(values.min())
+    if levels.max() >= 2**16:
+        levels = np.unique(levels, return_inverse=True)[1]
+    return levels, np.bincount(levels)
+
+
+def _finds_line(rows: NDArray[np.intp], columns: NDArray[np.intp], values: Pixels) -> bool:
+    """Return whether strokes of one of the two commonest values make a line of text."""
+    levels, counts = _counts(values)
     for _ in range(2):
-        level = int(np.argmax(counts))
-        if counts[level] < FEWEST_PIXELS:
+        level = int(np.argmax(counts)) if len(counts) else 0
+        if not len(counts) or counts[level] < FEWEST_PIXELS:
             return False
-        if _has_line(*np.divmod(places[found == level], row)):
+        if _has_line(rows[levels == level], columns[levels == level]):
             return True
         counts[level] = 0
     return False
@@ -230,11 +266,6 @@ def _decoded(dataset: Dataset) -> NDArray[np.integer]:
         return np.asarray(dataset.pixel_array)
     except Exception as problem:  # whatever a decoder raises, the pixels were not seen
         raise NoDecoder("no decoder for these pixels") from problem
-
-
-def _values(value: Any) -> list[str]:
-    several = [value] if value is None or isinstance(value, str) else list(value)
-    return [str(v).upper() for v in several if v is not None]
 
 
 def without_comments(encapsulated: bytes) -> bytes:
