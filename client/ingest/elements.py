@@ -86,6 +86,8 @@ def _words(element: Element, rule: Rule, job: Job) -> Element | None:
         found = [v if k else "OTHER" for v, k in zip(values, known, strict=True)]
     else:
         found = [v for v, k in zip(values, known, strict=True) if k]
+        if not any(found) and rule.vrs & {"LO", "SH"}:  # may be required, with any value
+            found = ["UNKNOWN"]
     return with_text(element, "\\".join(found), job)
 
 
@@ -218,6 +220,23 @@ def text_at(dataset: Dataset, keyword: str) -> str:
     if element.is_raw and not bytes_of(element).isascii():
         element = dataset[tag]  # decoded with its character set
     return text_of(element)
+
+
+def number(dataset: Dataset, keyword: str, default: int | None = None) -> int:
+    """Return the first value of an attribute that holds whole numbers.
+
+    Raises:
+        ValueError: if there is none and no default.
+    """
+    tag = tag_of(keyword)
+    element = dataset.get_item(tag) if tag in dataset else None
+    if element is None or not element.value:
+        if default is None and (element is None or element.value != 0):
+            raise ValueError(f"expected {keyword}")
+        return default or 0
+    if element.is_raw and element.VR in (None, "US") and len(bytes_of(element)) == 2:
+        return int.from_bytes(element.value, "little" if element.is_little_endian else "big")
+    return int(str(several(dataset[tag].value)[0]))
 
 
 def text_of(element: Element) -> str:

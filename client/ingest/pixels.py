@@ -23,33 +23,42 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydicom import Dataset
-from pydicom.uid import UID, SegmentationStorage
+from pydicom.uid import SegmentationStorage
 
-from client.ingest.elements import first, tag_of, text_at
+from client.ingest.elements import first, number, tag_of, text_at
 from client.ingest.profile import Profile, Terms
 
 #: A stroke is at most this wide, in pixels of the scale looked at.
 STROKE_WIDTH = 4
 #: Rows that a line of text takes at most, again in pixels of the scale looked at.
 LINE_HEIGHT = 24
-#: Fewer stroke pixels of one value than this in one line, or fewer strokes, are no text.
-FEWEST_PIXELS = 40
-FEWEST_STROKES = 8
 #: Pixels looked at in one go: few enough for a processor's cache.
 PIECE = 2**15
-#: Of so many rows one is looked at first.
-COARSE_ROWS = 3
 COLOURLESS = ("MONOCHROME1", "MONOCHROME2")
 #: Modalities whose images have no colours of their own: where there are some, it is a screen.
 GREY_MODALITIES = frozenset({"CT", "MR", "PT", "CR", "DX", "MG", "NM"})
 
-Pixels = NDArray[np.int16] | NDArray[np.int32]
-#: Rows, columns and values of stroke pixels.
-_Found = tuple[NDArray[np.intp], NDArray[np.intp], Pixels]
+Pixels = NDArray[np.int16] | NDArray[np.int64]
+_Places = NDArray[np.intp]
+_Found = tuple[_Places, _Places, Pixels]  # rows, columns and values of stroke pixels
+
+
+class _Line(NamedTuple):
+    """What makes a line of text, where only every so many rows are looked at."""
+
+    every: int
+    fewest_pixels: int
+    fewest_strokes: int
+    fewest_rows: int  # of one stroke
+
+
+COARSE = _Line(every=3, fewest_pixels=10, fewest_strokes=4, fewest_rows=1)
+FINE = _Line(every=1, fewest_pixels=40, fewest_strokes=8, fewest_rows=3)
 
 
 class NoDecoder(Exception):
@@ -75,8 +84,8 @@ def is_cleared(dataset: Dataset, terms: Terms) -> bool:
         first(dataset, "Modality") == rule.modality
         and first(dataset, "Manufacturer") == rule.manufacturer
         and first(dataset, "ManufacturerModelName") == rule.model
-        and dataset.get("Rows") == rule.rows
-        and dataset.get("Columns") == rule.columns
+        and number(dataset, "Rows") == rule.rows
+        and number(dataset, "Columns") == rule.columns
         for rule in terms.cleared
     )
 
@@ -103,7 +112,7 @@ def has_lettering(frame: NDArray[np.integer]) -> bool:
     if is_narrow and frame.dtype == np.uint16:
         whole: Pixels = frame.view(np.int16)
     else:
-        whole = frame.astype(np.int16 if is_narrow else np.int32, copy=False)
+        whole = frame.astype(np.int16 if is_narrow else np.int64, copy=False)
     for step in (1, 2, 4):
         view = np.ascontiguousarray(whole[::step, ::step])
         if min(view.shape) < 4 * STROKE_WIDTH:
@@ -121,11 +130,10 @@ def _is_lettered(view: Pixels, contrast: int) -> bool:
 
     Every third row decides whether the others are looked at: a line of text crosses several.
     """
-    bright, dark = _strokes(view, contrast, COARSE_ROWS)
-    fewest = FEWEST_PIXELS // (COARSE_ROWS + 1)
-    if max(_commonest(values) for _, _, values in (bright, dark)) < fewest:
-        return False
-    return any(_finds_line(*found) for found in _strokes(view, contrast, 1))
+    return all(
+        any(_finds_line(*found, line) for found in _strokes(view, contrast, line.every))
+        for line in (COARSE, FINE)
+    )
 
 
 def _strokes(view: Pixels, contrast: int, every: int) -> tuple[_Found, _Found]:
@@ -157,55 +165,46 @@ def _joined(pieces: list[_Found]) -> _Found:
     return np.concatenate(rows), np.concatenate(columns), np.concatenate(values)
 
 
-def _commonest(values: Pixels) -> int:
-    """Return how often the commonest value occurs."""
-    return int(_counts(values)[1].max(initial=0))
-
-
-def _counts(values: Pixels) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return each value as a level, and how often each level occurs."""
-    if not len(values):
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+def _finds_line(rows: _Places, columns: _Places, values: Pixels, line: _Line) -> bool:
+    """Return whether strokes of one of the two commonest values make a line of text."""
+    if len(values) < line.fewest_pixels:
+        return False
     levels = values.astype(np.int64) - int(values.min())
     if levels.max() >= 2**16:
         levels = np.unique(levels, return_inverse=True)[1]
-    return levels, np.bincount(levels)
-
-
-def _finds_line(rows: NDArray[np.intp], columns: NDArray[np.intp], values: Pixels) -> bool:
-    """Return whether strokes of one of the two commonest values make a line of text."""
-    levels, counts = _counts(values)
+    counts = np.bincount(levels)
     for _ in range(2):
-        level = int(np.argmax(counts)) if len(counts) else 0
-        if not len(counts) or counts[level] < FEWEST_PIXELS:
+        level = int(np.argmax(counts))
+        if counts[level] < line.fewest_pixels:
             return False
-        if _has_line(rows[levels == level], columns[levels == level]):
+        if _has_line(rows[levels == level] // line.every, columns[levels == level], line):
             return True
         counts[level] = 0
     return False
 
 
-def _has_line(rows: NDArray[np.intp], columns: NDArray[np.intp]) -> bool:
+def _has_line(rows: _Places, columns: _Places, line: _Line) -> bool:
     """Return whether some band of rows holds enough pixels, in enough separate strokes."""
+    height = LINE_HEIGHT // line.every
     per_row = np.bincount(rows)
     sums = np.concatenate(([0], np.cumsum(per_row)))
-    ends = np.minimum(np.arange(len(per_row)) + LINE_HEIGHT, len(per_row))
+    ends = np.minimum(np.arange(len(per_row)) + height, len(per_row))
     band = sums[ends] - sums[: len(per_row)]
     top = int(np.argmax(band))
-    if band[top] < FEWEST_PIXELS:
+    if band[top] < line.fewest_pixels:
         return False
-    inside = (rows >= top) & (rows < top + LINE_HEIGHT)
-    tall = np.flatnonzero(np.bincount(columns[inside]) >= 3)  # a stroke is some pixels high
+    inside = (rows >= top) & (rows < top + height)
+    tall = np.flatnonzero(np.bincount(columns[inside]) >= line.fewest_rows)
     num_strokes = 1 + int(np.count_nonzero(np.diff(tall) > 1)) if len(tall) else 0
-    return num_strokes >= FEWEST_STROKES
+    return num_strokes >= line.fewest_strokes
 
 
 def num_bytes(dataset: Dataset) -> int:
     """Return how many bytes the native pixels take, without padding."""
-    samples, kind = int(dataset.get("SamplesPerPixel", 1)), dataset.get("PhotometricInterpretation")
-    size = int(dataset.Rows) * int(dataset.Columns) * int(dataset.BitsAllocated) * samples
-    bits = size * int(dataset.get("NumberOfFrames") or 1)
-    return (bits * 2 // 3 if kind == "YBR_FULL_422" else bits) // 8 + (bits % 8 > 0)
+    bits = number(dataset, "Rows") * number(dataset, "Columns") * number(dataset, "BitsAllocated")
+    bits *= number(dataset, "SamplesPerPixel", 1) * (number(dataset, "NumberOfFrames", 1) or 1)
+    is_halved = first(dataset, "PhotometricInterpretation") == "YBR_FULL_422"
+    return ((bits * 2 // 3 if is_halved else bits) + 7) // 8
 
 
 def without_planes(native: bytes, dataset: Dataset) -> bytes:
@@ -218,13 +217,13 @@ def without_planes(native: bytes, dataset: Dataset) -> bytes:
     """
     if not _has_planes(dataset):
         return native
-    stored, high = int(dataset.BitsStored), int(dataset.HighBit)
-    if int(dataset.BitsAllocated) != 16 or high != stored - 1:
+    stored, high = number(dataset, "BitsStored"), number(dataset, "HighBit")
+    if number(dataset, "BitsAllocated") != 16 or high != stored - 1:
         raise ValueError("an overlay within pixels that it cannot be taken from")
-    syntax = UID(str(dataset.file_meta.TransferSyntaxUID))
+    syntax = dataset.file_meta.TransferSyntaxUID
     values = np.frombuffer(native, "<u2" if syntax.is_little_endian else ">u2")
     kept = values & np.uint16(2**stored - 1)
-    if int(dataset.get("PixelRepresentation", 0)):
+    if number(dataset, "PixelRepresentation", 0):
         sign = (kept >> (stored - 1)) & 1
         kept = kept | (sign * np.uint16(2**16 - 2**stored))
     return kept.astype(values.dtype).tobytes()
@@ -237,28 +236,28 @@ def _has_planes(dataset: Dataset) -> bool:
 
 
 def _frames(dataset: Dataset) -> Iterator[NDArray[np.integer]]:
-    syntax = UID(str(dataset.file_meta.TransferSyntaxUID))
+    syntax = dataset.file_meta.TransferSyntaxUID
     pixels = _decoded(dataset) if syntax.is_encapsulated else _native(dataset)
-    rows, columns = int(dataset.Rows), int(dataset.Columns)
-    samples = int(dataset.get("SamplesPerPixel", 1))
+    rows, columns = number(dataset, "Rows"), number(dataset, "Columns")
+    samples = number(dataset, "SamplesPerPixel", 1)
     if samples == 1:
         yield from pixels.reshape(-1, rows, columns)
         return
-    is_planar = int(dataset.get("PlanarConfiguration", 0)) == 1 and not syntax.is_encapsulated
+    is_planar = number(dataset, "PlanarConfiguration", 0) == 1 and not syntax.is_encapsulated
     shape = (-1, samples, rows, columns) if is_planar else (-1, rows, columns, samples)
     for frame in pixels.reshape(shape):
         yield frame.sum(axis=0 if is_planar else 2, dtype=np.int32)
 
 
 def _native(dataset: Dataset) -> NDArray[np.integer]:
-    size = int(dataset.BitsAllocated) // 8
+    size = number(dataset, "BitsAllocated") // 8
     if size not in (1, 2, 4):
         raise ValueError("expected 8, 16 or 32 bits per value")
-    syntax = UID(str(dataset.file_meta.TransferSyntaxUID))
+    syntax = dataset.file_meta.TransferSyntaxUID
     order = "<" if syntax.is_little_endian else ">"
-    sign = "i" if int(dataset.get("PixelRepresentation", 0)) else "u"
+    sign = "i" if number(dataset, "PixelRepresentation", 0) else "u"
     found = np.frombuffer(dataset.get_item("PixelData").value, f"{order}{sign}{size}")
-    return found[: len(found) - len(found) % (dataset.Rows * dataset.Columns)]
+    return found[: len(found) - len(found) % (number(dataset, "Rows") * number(dataset, "Columns"))]
 
 
 def _decoded(dataset: Dataset) -> NDArray[np.integer]:
