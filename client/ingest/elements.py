@@ -16,11 +16,11 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 from pydicom import DataElement, Dataset
+from pydicom._uid_dict import UID_dictionary
 from pydicom.dataelem import RawDataElement
 from pydicom.multival import MultiValue
 from pydicom.sequence import Sequence
 from pydicom.tag import BaseTag, Tag
-from pydicom.uid import UID_dictionary
 
 from client.ingest.keys import Key
 from client.ingest.profile import SIZES, Act, Rule
@@ -234,8 +234,8 @@ def number(dataset: Dataset, keyword: str, default: int | None = None) -> int:
         if default is None and (element is None or element.value != 0):
             raise ValueError(f"expected {keyword}")
         return default or 0
-    if element.is_raw and element.VR in (None, "US") and len(bytes_of(element)) == 2:
-        return int.from_bytes(element.value, "little" if element.is_little_endian else "big")
+    if isinstance(element, RawDataElement) and (element.VR or "US", element.length) == ("US", 2):
+        return int.from_bytes(bytes_of(element), "little" if element.is_little_endian else "big")
     return int(str(several(dataset[tag].value)[0]))
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +43,7 @@ COLOURLESS = ("MONOCHROME1", "MONOCHROME2")
 #: Modalities whose images have no colours of their own: where there are some, it is a screen.
 GREY_MODALITIES = frozenset({"CT", "MR", "PT", "CR", "DX", "MG", "NM"})
 
-Pixels = NDArray[np.int16] | NDArray[np.int64]
+Pixels = NDArray[np.signedinteger[Any]]
 _Places = NDArray[np.intp]
 _Found = tuple[_Places, _Places, Pixels]  # rows, columns and values of stroke pixels
 
@@ -57,7 +57,7 @@ class _Line(NamedTuple):
     fewest_rows: int  # of one stroke
 
 
-COARSE = _Line(every=3, fewest_pixels=10, fewest_strokes=4, fewest_rows=1)
+COARSE = _Line(every=4, fewest_pixels=10, fewest_strokes=4, fewest_rows=1)
 FINE = _Line(every=1, fewest_pixels=40, fewest_strokes=8, fewest_rows=3)
 
 
@@ -109,12 +109,15 @@ def has_lettering(frame: NDArray[np.integer]) -> bool:
         frame: integers (row, column).
     """
     is_narrow = int(frame.min()) > -(2**14) and int(frame.max()) < 2**14  # differences fit 16 bits
+    whole: Pixels
     if is_narrow and frame.dtype == np.uint16:
-        whole: Pixels = frame.view(np.int16)
+        whole = frame.view(np.int16)
+    elif is_narrow:
+        whole = frame.astype(np.int16, copy=False)
     else:
-        whole = frame.astype(np.int16 if is_narrow else np.int64, copy=False)
+        whole = frame.astype(np.int64)
     for step in (1, 2, 4):
-        view = np.ascontiguousarray(whole[::step, ::step])
+        view: Pixels = np.ascontiguousarray(whole[::step, ::step])
         if min(view.shape) < 4 * STROKE_WIDTH:
             return False
         every = max(1, min(view.shape) // 32)
@@ -128,7 +131,7 @@ def has_lettering(frame: NDArray[np.integer]) -> bool:
 def _is_lettered(view: Pixels, contrast: int) -> bool:
     """Return whether strokes of one value, brighter or darker than both sides, stand in a row.
 
-    Every third row decides whether the others are looked at: a line of text crosses several.
+    Every fourth row decides whether the others are looked at: a line of text crosses several.
     """
     return all(
         any(_finds_line(*found, line) for found in _strokes(view, contrast, line.every))
@@ -142,7 +145,8 @@ def _strokes(view: Pixels, contrast: int, every: int) -> tuple[_Found, _Found]:
     A stroke differs from what lies on both sides and goes on unchanged in the row above.
     """
     width = STROKE_WIDTH
-    bright, dark = [], []
+    bright: list[_Found] = []
+    dark: list[_Found] = []
     piece = every * max(1, PIECE // view.shape[1])
     for top in range(1, len(view), piece):
         rows = view[top : top + piece : every]
@@ -220,13 +224,13 @@ def without_planes(native: bytes, dataset: Dataset) -> bytes:
     stored, high = number(dataset, "BitsStored"), number(dataset, "HighBit")
     if number(dataset, "BitsAllocated") != 16 or high != stored - 1:
         raise ValueError("an overlay within pixels that it cannot be taken from")
-    syntax = dataset.file_meta.TransferSyntaxUID
-    values = np.frombuffer(native, "<u2" if syntax.is_little_endian else ">u2")
-    kept = values & np.uint16(2**stored - 1)
+    form = "<u2" if dataset.file_meta.TransferSyntaxUID.is_little_endian else ">u2"
+    values = np.frombuffer(native, form).astype(np.int64)
+    kept = values & (2**stored - 1)
     if number(dataset, "PixelRepresentation", 0):
-        sign = (kept >> (stored - 1)) & 1
-        kept = kept | (sign * np.uint16(2**16 - 2**stored))
-    return kept.astype(values.dtype).tobytes()
+        is_negative = kept >= 2 ** (stored - 1)
+        kept = np.where(is_negative, kept | (2**16 - 2**stored), kept)
+    return bytes(kept.astype(form).data)
 
 
 def _has_planes(dataset: Dataset) -> bool:

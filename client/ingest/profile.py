@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 from pydicom import uid as uids
-from pydicom.datadict import DicomDictionary, tag_for_keyword
+from pydicom.datadict import dictionary_has_tag, get_entry, tag_for_keyword
 
 EDITION = "PS3.15 2026c"
 #: Dates and times that no option retains: they are the patient's, not the examination's.
@@ -84,17 +84,17 @@ class Act(StrEnum):
 class Rule(NamedTuple):
     """``vrs``: the value representations the standard gives it; any other is removed.
 
-    ``count`` is how many values it has, 0 if that varies.
+    ``num_values`` is how many values it has, 0 if that varies.
     """
 
     act: Act
     vrs: frozenset[str]
     keyword: str
-    count: int
+    num_values: int
 
     def allows(self, found: int) -> bool:
         """Return whether an element of so many values may be this attribute."""
-        return found == 0 or self.count in (0, found)
+        return found == 0 or self.num_values in (0, found)
 
 
 class Profile(NamedTuple):
@@ -150,9 +150,10 @@ def code_meanings() -> dict[tuple[str, str], str]:
     from pydicom.sr._concepts_dict import concepts
     from pydicom.sr._snomed_dict import mapping
 
+    schemes: dict[str, dict[str, dict[str, tuple[str, object]]]] = concepts  # type: ignore[assignment]
     found = {
         (scheme, value): meaning
-        for scheme, keywords in concepts.items()
+        for scheme, keywords in schemes.items()
         for values in keywords.values()
         for value, (meaning, *_) in values.items()
     }
@@ -165,7 +166,7 @@ def _listed(tag: int, action: str, terms: Terms) -> Act | None:
     """Return what the table asks for: of several actions the one no object is invalid after."""
     vrs = _vrs(tag)
     vr = min(vrs, default="")
-    if tag in DicomDictionary and DicomDictionary[tag][4] not in PERSONAL_TIMES:
+    if vrs and get_entry(tag)[4] not in PERSONAL_TIMES:
         if terms.dates == "shift" and vr in ("DA", "DT"):
             return Act.DATE if vr == "DA" else Act.DATETIME
         if terms.dates == "shift" and terms.keep_times and vr == "TM":
@@ -210,14 +211,12 @@ def _retained(options: dict[str, str], terms: Terms) -> list[str]:
 
 
 def _rule(tag: int, act: Act) -> Rule:
-    _, multiplicity, _, _, keyword = DicomDictionary[tag]
+    _, multiplicity, _, _, keyword = get_entry(tag)
     return Rule(act, _vrs(tag), keyword, int(multiplicity) if multiplicity.isdigit() else 0)
 
 
 def _vrs(tag: int) -> frozenset[str]:
-    return (
-        frozenset(DicomDictionary[tag][0].split(" or ")) if tag in DicomDictionary else frozenset()
-    )
+    return frozenset(get_entry(tag)[0].split(" or ")) if dictionary_has_tag(tag) else frozenset()
 
 
 def _tag(keyword: str) -> int:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 from pydicom import Dataset, config, dcmwrite
-from pydicom.datadict import DicomDictionary
+from pydicom._dicom_dict import DicomDictionary
 from pydicom.dataset import FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.tag import Tag
@@ -157,6 +157,12 @@ class _Planter:
         dataset.add_new(tag, vr, value.encode() if vr in BYTES else value)
         self.note(kind, where, vr, value)
 
+    def text(self, kind: str, where: str, vr: str) -> str:
+        """Return a value to be put where no attribute is."""
+        value = self.value(vr) or ""
+        self.note(kind, where, vr, value)
+        return value
+
     def note(self, kind: str, where: str, vr: str, value: str) -> None:
         keyword = where.rpartition(">")[2]
         self.planted.append(Planted(kind, where, keyword, vr, value))
@@ -248,9 +254,7 @@ def _plant_outside(dataset: Dataset, planter: _Planter) -> None:
         planter.add(dataset, "unassigned", str(Tag(number)), Tag(number), "LO")
     icon = dataset.IconImageSequence[0]
     planter.add(icon, "nested", "IconImageSequence>PixelData", Tag("PixelData"), "OB")
-    padding = planter.value("OB")
-    dataset.PixelData += padding.encode()
-    planter.note("padding", "PixelData", "OW", padding)
+    dataset.PixelData += planter.text("padding", "PixelData", "OB").encode()
     planter.add(dataset, "padding", "DataSetTrailingPadding", Tag("DataSetTrailingPadding"), "OB")
 
 
@@ -270,9 +274,7 @@ def _plant_meta(dataset: Dataset, planter: _Planter) -> None:
     ):
         tag = Tag(keyword)
         planter.add(meta, "meta", keyword, tag, DicomDictionary[tag][0])
-    text = planter.value("LO")
-    dataset.preamble = text.encode().ljust(128, b"\0")[:128]
-    planter.note("preamble", "preamble", "LO", text)
+    dataset.preamble = planter.text("preamble", "preamble", "LO").encode().ljust(128, b"\0")[:128]
 
 
 def _plant_graphics(dataset: Dataset, planter: _Planter) -> None:

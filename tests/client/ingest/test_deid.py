@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydicom import Dataset, dcmread, dcmwrite
+from pydicom._dicom_dict import DicomDictionary
 from pydicom.dataelem import RawDataElement
 from pydicom.tag import Tag
 from pydicom.uid import (
@@ -78,8 +79,6 @@ def test_under_every_option_only_what_the_options_name_survives(corpus, key):
 
 def test_every_attribute_of_table_e_1_1_that_can_hold_text_was_planted(corpus):
     planted = {one.keyword for one in corpus.planted["1.dcm"]}
-    from pydicom.datadict import DicomDictionary
-
     dictionary = {t: DicomDictionary[t] for t in table() if t in DicomDictionary}
     texts = {"AE", "CS", "DA", "DT", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI", "UR", "UT"}
     missing = {
