@@ -188,4 +188,5 @@ def _encode(hu: npt.NDArray[np.float32], profile: HospitalProfile) -> Stored:
     signal = np.interp(hu, TISSUES_HU, SIGNALS[profile.ConvolutionKernel])
     along = np.linspace(-1, 1, hu.shape[1])
     field = 1 + profile.bias_field * (0.6 * along[:, None] + 0.3 * along * along - 0.1)
-    return np.rint(signal * field).astype(np.int16)
+    encoded: Stored = np.rint(signal * field).astype(np.int16)
+    return encoded

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from pydicom import Dataset, dcmwrite
 from pydicom.dataset import FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage
+from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, MRImageStorage
 
 from shared_models.phantoms.anatomy import Grid, Labels, Volume
 from shared_models.phantoms.profiles import HospitalProfile
@@ -104,7 +104,7 @@ def _add_mr(dataset: Dataset, profile: HospitalProfile) -> None:
     dataset.WindowCenter, dataset.WindowWidth = 500, 1000
 
 
-def _describe_file(sop_class: str) -> FileMetaDataset:
+def _describe_file(sop_class: UID) -> FileMetaDataset:
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = sop_class
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
