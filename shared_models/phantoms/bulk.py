@@ -76,15 +76,18 @@ def make_slices(
     """Yield the stored values of each slice, from the feet up; each is overwritten by the next."""
     size = scan.hu.shape[1]
     bodies = _encode(scan.hu, profile)
-    noise = draw_noise((1, 2 * size, 2 * size), profile, rng)[0] / np.float32(profile.RescaleSlope)
-    tile = np.rint(noise).astype(np.int16)
+    drawn = draw_noise((1, 2 * size, 2 * size), profile, rng)[0]
+    tile = np.rint(drawn / np.float32(profile.RescaleSlope)).astype(np.int16)
+    turned = [
+        np.ascontiguousarray(tile[::down, ::across]) for down in (1, -1) for across in (1, -1)
+    ]
     lowest = -(2 ** (profile.BitsStored - 1)) if profile.is_signed else 0
     highest = min(lowest + 2**profile.BitsStored - 1, 2**15 - 1)
     stored = np.empty((size, size), np.int16)
     for z in range(num_slices):
         y, x, turn = (int(v) for v in rng.integers(0, (size, size, 4)))
-        part = tile[y : y + size, x : x + size][:: 1 - 2 * (turn & 1), :: 1 - (turn & 2)]
-        np.add(bodies[z // SLICES_PER_BODY], part, out=stored)
+        noise = turned[turn][y : y + size, x : x + size]
+        np.add(bodies[z // SLICES_PER_BODY], noise, out=stored)
         yield np.clip(stored, lowest, highest, out=stored)
 
 
@@ -182,11 +185,11 @@ def _length(mm: float) -> str:
 
 def _encode(hu: npt.NDArray[np.float32], profile: HospitalProfile) -> Stored:
     """Return the bodies as stored values, as MR signal with its bias field where it is MR."""
-    if profile.Modality != "MR":
+    values: npt.NDArray[Any]
+    if profile.Modality == "MR":
+        along = np.linspace(-1, 1, hu.shape[1])
+        field = 1 + profile.bias_field * (0.6 * along[:, None] + 0.3 * along * along - 0.1)
+        values = np.interp(hu, TISSUES_HU, SIGNALS[profile.ConvolutionKernel]) * field
+    else:
         values = (hu - np.float32(profile.RescaleIntercept)) / np.float32(profile.RescaleSlope)
-        stored: Stored = np.rint(values).astype(np.int16)
-        return stored
-    signal = np.interp(hu, TISSUES_HU, SIGNALS[profile.ConvolutionKernel])
-    along = np.linspace(-1, 1, hu.shape[1])
-    field = 1 + profile.bias_field * (0.6 * along[:, None] + 0.3 * along * along - 0.1)
-    return np.rint(signal * field).astype(np.int16)
+    return np.rint(values).astype(np.int16)

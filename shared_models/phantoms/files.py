@@ -104,7 +104,7 @@ def _add_mr(dataset: Dataset, profile: HospitalProfile) -> None:
     dataset.WindowCenter, dataset.WindowWidth = 500, 1000
 
 
-def _describe_file(sop_class: str) -> FileMetaDataset:
+def _describe_file(sop_class: UID) -> FileMetaDataset:
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = UID(sop_class)
     meta.TransferSyntaxUID = ExplicitVRLittleEndian

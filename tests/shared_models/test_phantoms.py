@@ -1,5 +1,7 @@
 import csv
 import hashlib
+import io
+import json
 import os
 import shutil
 import subprocess
@@ -13,7 +15,19 @@ import pydicom
 import pytest
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
-from shared_models.phantoms import HOSPITALS, HospitalProfile, write_hospitals
+from shared_models.phantoms import (
+    HOSPITALS,
+    VENDORS,
+    HospitalProfile,
+    bulk,
+    write_archives,
+    write_hospitals,
+)
+from shared_models.phantoms.anatomy import ANYWHERE, USUAL, Grid, draw_body
+from shared_models.phantoms.files import describe_series
+from shared_models.phantoms.profiles import MR_HOSPITAL
+from shared_models.phantoms.seeds import make_generator
+from shared_models.series import SeriesRefused, read_files, scan, verdict
 
 NUM_PATIENTS = 20
 
@@ -325,3 +339,215 @@ def test_dciodvfy_finds_no_errors(hospitals: dict[str, Path], profile: HospitalP
                 ["dciodvfy", "-new", str(file)], capture_output=True, text=True, check=False
             )
             assert "Error" not in verdict.stderr + verdict.stdout
+
+
+# --- long series
+
+
+def write_long(
+    folder: Path, profile: HospitalProfile, *, num_slices: int = 23, size: int = 48
+) -> Grid:
+    grid = Grid(num_slices, size, 300 / size, 1.25, (-150.0, -140.5, -300.0))
+    body = bulk.draw_long(profile, grid, person=(1, "p"), has_lesion=True)
+    slices = bulk.make_slices(body, profile, num_slices=num_slices, rng=make_generator(1, "noise"))
+    dataset = describe_series(grid, profile, patient="p", seed=1)
+    top_first = profile.is_top_first
+    bulk.write_long(folder, dataset, slices, grid=grid, names=(1, "p"), is_top_first=top_first)
+    return grid
+
+
+@pytest.mark.parametrize("vendor", VENDORS, ids=lambda profile: profile.name)
+def test_a_patched_file_is_what_pydicom_writes(tmp_path: Path, vendor: HospitalProfile) -> None:
+    write_long(tmp_path / "s", vendor)
+    uids = set()
+    for file in (tmp_path / "s").iterdir():
+        dataset, again = pydicom.dcmread(file), io.BytesIO()
+        assert int(dataset.InstanceNumber) == int(file.stem)
+        assert dataset.SliceLocation == dataset.ImagePositionPatient[2]
+        assert dataset.SOPInstanceUID == dataset.file_meta.MediaStorageSOPInstanceUID
+        assert dataset.SOPInstanceUID.is_valid
+        pydicom.dcmwrite(again, dataset, enforce_file_format=True)
+        assert again.getvalue() == file.read_bytes()
+        uids.add(dataset.SOPInstanceUID)
+    assert len(uids) == 23
+
+
+@pytest.mark.parametrize("vendor", VENDORS, ids=lambda profile: profile.name)
+def test_a_long_series_is_one_volume_in_the_scanners_units(
+    tmp_path: Path, vendor: HospitalProfile
+) -> None:
+    grid = write_long(tmp_path / "s", vendor)
+    volume = read_files((tmp_path / "s").iterdir())
+    assert volume.data.shape == (23, 48, 48)
+    assert volume.affine[:3, 3] == pytest.approx(grid.origin_mm)
+    assert volume.spacing_mm == pytest.approx((1.25, 6.25, 6.25))
+    if vendor.Modality == "MR":
+        assert 0 <= volume.data.min() < 40 < 800 < volume.data.max()
+    else:
+        assert volume.data[:, :3, :3].mean() == pytest.approx(-1000, abs=20)  # air
+
+
+def test_neighbours_share_their_body_but_not_their_noise(tmp_path: Path) -> None:
+    write_long(tmp_path / "s", HOSPITALS[0])
+    data = read_files((tmp_path / "s").iterdir()).data
+    assert bulk.SLICES_PER_BODY == 10
+    deviation = (data[1] - data[0]).std() / np.sqrt(2)
+    assert deviation == pytest.approx(HOSPITALS[0].noise_hu, rel=0.25)
+
+
+def test_the_bias_field_makes_one_edge_of_an_mr_picture_brighter(tmp_path: Path) -> None:
+    rows = []
+    for bias in (0.0, MR_HOSPITAL.bias_field):
+        write_long(tmp_path / str(bias), MR_HOSPITAL._replace(bias_field=bias))
+        rows.append(read_files((tmp_path / str(bias)).iterdir()).data.mean(axis=(0, 2)))
+    field = rows[1][12:36] / rows[0][12:36]
+    assert field[-1] > 1.15 * field[0]
+    assert (np.diff(field) > -0.02).all()
+
+
+def test_bodies_lie_anywhere_when_asked_to() -> None:
+    grid = Grid(1, 64, 5.0, 5.0, (0, 0, 0))
+    spread = []
+    for build in (USUAL, ANYWHERE):
+        rows = []
+        for person in range(12):
+            rng, other = make_generator(person), make_generator(person, "lesion")
+            body = draw_body(
+                HOSPITALS[0], grid, has_lesion=False, rng=rng, lesion_rng=other, build=build
+            )
+            rows.append(np.argwhere(body.labels == 1).mean(axis=0)[1:])
+        spread.append(np.std(rows, axis=0))
+    assert (spread[1] > 2 * spread[0]).all()
+
+
+# --- archives
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("archives")
+    folders = write_archives(root, 1, num_patients=2, num_slices=12, size=48, num_planted=3)
+    return {folder.name: folder for folder in folders}
+
+
+def answers_of(folder: Path) -> list[dict[str, Any]]:
+    answers: list[dict[str, Any]] = json.loads((folder / "answers.json").read_text())["series"]
+    return answers
+
+
+def test_the_key_says_what_a_reader_finds(archives: dict[str, Path]) -> None:
+    for folder in archives.values():
+        for answer in answers_of(folder):
+            files = sorted((folder / answer["folder"]).iterdir())
+            assert len(files) == answer["num_files"]
+            if answer["reason"] is None:
+                assert read_files(files).modality == answer["modality"]
+                continue
+            with pytest.raises(SeriesRefused) as caught:
+                read_files(files)
+            assert caught.value.reason == answer["reason"]
+
+
+def test_all_files_of_an_archive_at_once_fall_into_its_series(archives: dict[str, Path]) -> None:
+    for folder in archives.values():
+        good = [a for a in answers_of(folder) if a["kind"] == "image"]
+        found = scan(sorted((folder / "dicom").rglob("*.dcm")))
+        read = {s.slices[0].series: s for s in found if verdict(s).is_ok}
+        for answer in good:
+            assert len(read[answer["SeriesInstanceUID"]].files) == answer["num_files"]
+
+
+def test_four_vendors_visits_series_and_gaps_in_the_labels(archives: dict[str, Path]) -> None:
+    answers = {name: answers_of(folder) for name, folder in archives.items()}
+    assert [p.name for p in VENDORS] == list(answers)
+    assert {a["modality"] for every in answers.values() for a in every if "modality" in a} == {
+        "CT",
+        "MR",
+    }
+    for every in answers.values():
+        images = [a for a in every if a["kind"] == "image"]
+        visits = Counter((a["patient"], a["time"]) for a in images)
+        assert set(visits.values()) == {2}
+        assert Counter(time for _, time in visits) == {0: 2, 1: 1}
+    labelled = [a["label"] is not None for e in answers.values() for a in e if a["kind"] == "image"]
+    assert 0 < sum(labelled) < len(labelled)
+
+
+def test_labels_lie_on_their_series_and_one_site_has_the_organ_only(
+    archives: dict[str, Path],
+) -> None:
+    seen: dict[str, set[int]] = {}
+    for name, folder in archives.items():
+        for answer in answers_of(folder):
+            if not answer.get("label"):
+                continue
+            labels = read_labels(folder / answer["label"])
+            volume = read_files((folder / answer["folder"]).iterdir())
+            assert labels.shape == volume.data.shape
+            seen.setdefault(name, set()).update(np.unique(labels).tolist())
+    assert seen["north_clinic"] <= {0, 1}
+    assert any(2 in values for values in seen.values())
+
+
+def test_a_lesion_grows_from_visit_to_visit(tmp_path: Path) -> None:
+    profile = HOSPITALS[0]._replace(lesion_fraction=1.0)
+    (folder,) = write_archives(
+        tmp_path, 2, num_patients=8, num_slices=10, size=64, num_planted=0, profiles=[profile]
+    )
+    sizes: dict[str, dict[int, int]] = {}
+    for answer in answers_of(folder):
+        if answer.get("label"):
+            lesion = int((read_labels(folder / answer["label"]) == 2).sum())
+            sizes.setdefault(answer["patient"], {})[answer["time"]] = lesion
+    twice = [times for times in sizes.values() if len(times) == 2]
+    assert twice
+    assert all(times[1] > times[0] for times in twice)
+
+
+def test_every_planted_identifier_stands_in_the_files_and_in_no_name(
+    archives: dict[str, Path],
+) -> None:
+    for folder in archives.values():
+        names = " ".join(str(file.relative_to(folder)) for file in folder.rglob("*"))
+        for answer in answers_of(folder):
+            for place, identifier in answer.get("identifiers", {}).items():
+                assert identifier not in names, place
+                for file in (folder / answer["folder"]).iterdir():
+                    assert identifier.encode() in file.read_bytes(), place
+
+
+def test_the_same_seed_writes_the_same_archives(tmp_path: Path) -> None:
+    small = {"num_patients": 1, "num_slices": 3, "size": 16, "num_planted": 2}
+    for name, seed in (("once", 3), ("again", 3), ("other", 4)):
+        write_archives(tmp_path / name, seed, **small)
+    once, again, other = (fingerprint(tmp_path / name) for name in ("once", "again", "other"))
+    assert once == again
+    assert not set(once) & {file for file in other if not file.endswith("answers.json")}
+
+
+def test_existing_archives_are_not_overwritten_and_none_are_half_written(tmp_path: Path) -> None:
+    (tmp_path / "lakeside").mkdir()
+    with pytest.raises(FileExistsError, match="already holds lakeside"):
+        write_archives(tmp_path, 3, num_patients=1)
+    with pytest.raises(ValueError, match="at least one patient"):
+        write_archives(tmp_path, 3, num_patients=0)
+
+    def fail(num_written: int) -> None:
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        write_archives(tmp_path / "a", 3, num_patients=1, num_slices=2, size=16, progress=fail)
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+@pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="needs dciodvfy of dicom3tools")
+def test_dciodvfy_finds_no_errors_in_an_archive(archives: dict[str, Path]) -> None:
+    for folder in archives.values():
+        for answer in answers_of(folder)[:6]:
+            if answer["kind"] == "planted":
+                continue
+            file = folder / answer["folder"] / "1.dcm"
+            found = subprocess.run(
+                ["dciodvfy", "-new", str(file)], capture_output=True, text=True, check=False
+            )
+            assert "Error" not in found.stderr + found.stdout
