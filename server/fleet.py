@@ -189,7 +189,7 @@ def flower_app(tls: TlsFiles, *, control_port: int) -> FastAPI:
 def forgotten_runs(app: FastAPI) -> Callable[[str, bytes], bool]:
     """Return what tells, from a request, whether it is about a run that Flower's app knows not."""
     from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     def is_forgotten(path: str, body: bytes) -> bool:
         request: Any = PROTOBUF_REQUEST_TYPES["POST", path]()

@@ -197,7 +197,7 @@ def run(consortium: Consortium, run_dir: Path, *deeds: Callable[[], bool]) -> li
         What happened, in the conductor's words.
     """
     left, seen = list(deeds), list[str]()
-    until = time.monotonic() + 120
+    until = time.monotonic() + 240
     with conducted(consortium.place, run_dir) as news:
         for each in news:
             assert time.monotonic() < until, seen
@@ -298,7 +298,7 @@ def test_a_conductor_killed_amid_a_round_is_followed_by_another(
         [sys.executable, __file__, json.dumps(told), str(run_dir)],
         cwd=Path(__file__).parents[2],
     )
-    until = time.monotonic() + 90
+    until = time.monotonic() + 180
     while not in_hand(consortium, run_dir, "north", round_=1):
         assert conductor.poll() is None and time.monotonic() < until
         time.sleep(0.02)
