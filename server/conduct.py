@@ -15,6 +15,9 @@ Guarantees:
 Design: a server app holds the lock of its run directory as long as it lives, so its death is seen
 at once, long before Flower notices a silent process. What the conductor itself leaves behind when
 it is killed with ``kill -9`` is found and ended by the next one on the same folder (``link.py``).
+
+A run whose server app died is not stopped: sites would break off what they have reserved and begun.
+They finish it, and answer the next run's same order with what they kept.
 """
 
 from __future__ import annotations
@@ -234,8 +237,6 @@ class _Desk:
         reason = self._death(superlink, study)
         if reason is None or _is_done(study.run_dir) or store.read_failure(study.run_dir):
             return  # it lives, or has come to its end since the files were looked at
-        if study.run_id is not None:
-            superlink.stop(study.run_id)
         study.fail()
         if study.failures > MOST_FAILURES:
             text = f"it failed {study.failures} times without a round more; see {self._log}"

@@ -10,6 +10,7 @@ Guarantees:
     From outside only the fleet paths that a site's agent calls are answered, the rest a bare 404.
     A request from outside is read to a limit and within a limit of time, or not at all.
     Only nodes whose keys are enrolled are answered, and no dependency is ever installed.
+    Who pushes what belongs to a run of an earlier SuperLink is told that the run has ended.
 
 Design: a request passes only if its path is, byte for byte, one of ``PATHS``, and what the app is
 then shown is that constant; there is nothing to normalise, so nothing to trick. What a connection
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.consortium import TlsFiles
@@ -52,6 +54,7 @@ PATHS = {
         "pull-object",
         "push-object",
         "confirm-message-received",
+        "get-run",
     )
 }
 #: Flower sends arrays in chunks of 5 MiB, each an object and a request of its own; everything else
@@ -63,6 +66,7 @@ BODY_S = 120.0  # for a body: the largest chunk at 0.4 Mbit/s
 TURN_S = 300.0  # for an answer to be taken: the same at half of that, and Flower's own work
 MOST_CONNECTIONS = 256  # an agent holds two; times the largest body this is 2 GiB at the very worst
 STOP_S = 2
+ENDED = 403  # what Flower answers about a run that has ended; 401 is for who is not believed
 
 #: Would open Flower's earlier, gRPC interfaces, on all addresses.
 UNWANTED = ("FLWR_INTERNAL_GRPC_CONTROL_API", "FLWR_INTERNAL_GRPC_FLEET_API")
@@ -107,8 +111,11 @@ class _Server(uvicorn.Server):
         yield
 
 
-def gate(app: App) -> App:
-    """Return ``app`` as hospitals may see it: ``PATHS``, and a bare 404 for everything else."""
+def gate(app: App, *, is_forgotten: Callable[[str, bytes], bool] = lambda *_: False) -> App:
+    """Return ``app`` as hospitals may see it: ``PATHS``, and a bare 404 for everything else.
+
+    What fails because it is about a run that ``is_forgotten``, by its path and body, has ended.
+    """
 
     async def gated(scope: Scope, receive: Receive, send: Send) -> None:
         path = _path(scope)
@@ -127,13 +134,14 @@ def gate(app: App) -> App:
         if body is None:
             return
         shown = {**scope, "path": path, "raw_path": path.encode(), "root_path": ""}
+        taken = _translated(send, is_ended=lambda: is_forgotten(path, body))
         async with asyncio.timeout(TURN_S):
-            await app(shown, _given(body, receive), send)
+            await app(shown, _given(body, receive), taken)
 
     return gated
 
 
-def flower_app(tls: TlsFiles, *, control_port: int) -> App:
+def flower_app(tls: TlsFiles, *, control_port: int) -> FastAPI:
     """Build Flower's app as ``flower-superlink`` does, its own processes on the loopback port.
 
     What its command line would say: ``--enable-supernode-auth``,
@@ -179,8 +187,33 @@ def flower_app(tls: TlsFiles, *, control_port: int) -> App:
     return create_app(config, SuperLinkLifespan)
 
 
+def forgotten_runs(app: FastAPI) -> Callable[[str, bytes], bool]:
+    """Return what tells, from a request, whether it is about a run that Flower's app knows not."""
+    from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    def is_forgotten(path: str, body: bytes) -> bool:
+        request: Any = PROTOBUF_REQUEST_TYPES["POST", path]()
+        try:
+            request.ParseFromString(body)
+        except DecodeError:
+            return False
+        messages = getattr(request, "messages_list", ())
+        run_id = messages[0].metadata.run_id if messages else getattr(request, "run_id", None)
+        known = app.state.linkstate_factory.state().get_run_status({run_id} - {None})
+        return run_id is not None and run_id not in known
+
+    return is_forgotten
+
+
 def servers(
-    app: App, tls: TlsFiles, *, host: str, port: int, control_port: int
+    app: App,
+    tls: TlsFiles,
+    *,
+    host: str,
+    port: int,
+    control_port: int,
+    is_forgotten: Callable[[str, bytes], bool] = lambda *_: False,
 ) -> tuple[uvicorn.Server, uvicorn.Server]:
     """Return the server of all of ``app`` on the loopback interface, and the gated public one."""
     from flwr.supercore.http_logging import get_uvicorn_log_config
@@ -196,7 +229,7 @@ def servers(
     }
     control = uvicorn.Config(app, host="127.0.0.1", port=control_port, **common)
     public = uvicorn.Config(
-        gate(app),
+        gate(app, is_forgotten=is_forgotten),
         host=host,
         port=port,
         lifespan="off",  # the other server's, which starts first and ends last
@@ -214,7 +247,14 @@ def main() -> None:
     given = _arguments().parse_args()
     tls = TlsFiles(given.authority, given.certificate, given.key)
     app = flower_app(tls, control_port=given.control_port)
-    both = servers(app, tls, host=given.host, port=given.port, control_port=given.control_port)
+    both = servers(
+        app,
+        tls,
+        host=given.host,
+        port=given.port,
+        control_port=given.control_port,
+        is_forgotten=forgotten_runs(app),
+    )
     asyncio.run(_serve(*both))
 
 
@@ -282,6 +322,24 @@ def _given(body: bytes, receive: Receive) -> Receive:
         return await receive()
 
     return give
+
+
+def _translated(send: Send, *, is_ended: Callable[[], bool]) -> Send:
+    """Return ``send``, but for a failure that is one because a run ``is_ended``."""
+    has_ended = False
+
+    async def take(event: MutableMapping[str, Any]) -> None:
+        nonlocal has_ended
+        if event["type"] == "http.response.start" and event["status"] >= 400:
+            has_ended = event["status"] not in (401, ENDED) and is_ended()
+            if has_ended:
+                headers = [(b"content-length", b"0")]
+                await send({"type": "http.response.start", "status": ENDED, "headers": headers})
+                await send({"type": "http.response.body", "body": b""})
+        if not has_ended:
+            await send(event)
+
+    return take
 
 
 async def _refuse(scope: Scope, send: Send, status: int) -> None:

@@ -13,11 +13,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    Metadata,
+    PullObjectRequest,
+    PushObjectRequest,
+)
+from flwr.proto.message_pb2 import Message as MessageProto
+from flwr.proto.run_pb2 import GetRunRequest
+from flwr.server.superlink.linkstate import LinkState
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
@@ -62,10 +73,10 @@ class Seen:
 
 
 @contextmanager
-def served(app: Any, tls: TlsFiles) -> Iterator[tuple[int, int]]:
+def served(app: Any, tls: TlsFiles, **terms: Any) -> Iterator[tuple[int, int]]:
     """Serve ``app`` in a thread; yield its control port and its public one."""
     ports = link.free_port(), link.free_port()
-    both = fleet.servers(app, tls, host="127.0.0.1", port=ports[1], control_port=ports[0])
+    both = fleet.servers(app, tls, host="127.0.0.1", port=ports[1], control_port=ports[0], **terms)
     both[0].config.lifespan = "off"
 
     async def serve() -> None:
@@ -226,6 +237,55 @@ def test_a_connection_in_use_is_kept(tls: TlsFiles, monkeypatch: pytest.MonkeyPa
     assert len(app.requests) == 8
 
 
+@pytest.mark.parametrize(
+    ("status", "is_forgotten", "told"),
+    [(500, True, 403), (404, True, 403), (401, True, 401), (500, False, 500), (200, True, 200)],
+)
+def test_who_pushes_to_a_run_of_an_earlier_superlink_is_told_that_it_has_ended(
+    tls: TlsFiles, status: int, is_forgotten: bool, told: int
+) -> None:
+    asked = list[tuple[str, bytes]]()
+
+    async def failing(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-length", b"3")]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": b"why"})
+
+    def forgets(path: str, body: bytes) -> bool:
+        asked.append((path, body))
+        return is_forgotten
+
+    with served(failing, tls, is_forgotten=forgets) as (_, public):
+        answer = said(public, tls, request_of(PULL, more="Connection: close\r\n", body=b"ask"))
+    assert answer.startswith(f"HTTP/1.1 {told} ".encode())
+    assert answer.endswith(b"why") is (told == status)
+    assert asked == ([] if status in (200, 401) else [(PULL, b"ask")])
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
+def test_a_run_that_flower_does_not_know_is_found_in_each_kind_of_request() -> None:
+    message = MessageProto(metadata=Metadata(run_id=7))
+    requests = {
+        "push-messages": PushMessagesRequest(messages_list=[message]),
+        "push-object": PushObjectRequest(run_id=7, object_content=b"x" * 1000),
+        "pull-object": PullObjectRequest(run_id=7),
+        "confirm-message-received": ConfirmMessageReceivedRequest(run_id=7),
+        "get-run": GetRunRequest(run_id=7),
+    }
+    for known in (set[int](), {7}):
+        state = SimpleNamespace(
+            get_run_status=lambda ids, known=known: dict.fromkeys(ids & known, "running")
+        )
+        factory = SimpleNamespace(state=lambda state=state: state)
+        app: Any = SimpleNamespace(state=SimpleNamespace(linkstate_factory=factory))
+        is_forgotten = fleet.forgotten_runs(app)
+        for name, request in requests.items():
+            found = is_forgotten(f"/v1/fleet/{name}", request.SerializeToString())
+            assert found is (not known), name
+        assert not is_forgotten(PULL, b"")
+        assert not is_forgotten("/v1/fleet/push-object", b"\xff\xff")
+
+
 def test_an_answer_that_is_not_taken_is_given_up(
     tls: TlsFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,6 +374,7 @@ def test_flower_is_still_configured_by_the_same_settings() -> None:
         (create_app, ["config", "superlink_lifespan_class"]),
         (SuperLinkLifespan, ["config", "state_factory"]),
         (NoOpControlAuthnPlugin, []),
+        (LinkState.get_run_status, ["self", "run_ids"]),
     ],
 )
 def test_flowers_app_is_still_made_the_same_way(function: Any, parameters: list[str]) -> None:
