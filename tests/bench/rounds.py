@@ -26,6 +26,8 @@ import json
 import os
 import re
 import secrets
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -74,6 +76,7 @@ class Measured(NamedTuple):
 
 def main() -> None:
     options = parsed()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that all it started ends too
     sizes = sorted({0, *options.sizes})
     stock_sizes = sizes if options.flower_sizes is None else sorted({0, *options.flower_sizes})
     found: dict[tuple[str, int], list[Measured]] = {}
@@ -253,7 +256,7 @@ def net_params(size: int) -> dict[str, Any]:
 
     if not size:
         return params(4)
-    return params(min(range(8, 400, 8), key=lambda growth: abs(megabytes(params(growth)) - size)))
+    return params(min(range(8, 400, 2), key=lambda growth: abs(megabytes(params(growth)) - size)))
 
 
 def megabytes(params: dict[str, Any]) -> float:
@@ -270,6 +273,7 @@ def schema(params: dict[str, Any]) -> Schema:
 def stock(size: int, num_rounds: int, folder: Path) -> Measured:
     tls, port = certificates(folder / "tls", hosts=["127.0.0.1"]), link.free_port()
     tensors, out = schema(net_params(size)), folder / "out.json"
+    nodes = list[subprocess.Popen[bytes]]()
     (folder / "schema.json").write_text(json.dumps(tensors))
     with marked() as mark, watched(mark) as watch, ExitStack() as stack:
         superlink = stack.enter_context(
@@ -282,11 +286,17 @@ def stock(size: int, num_rounds: int, folder: Path) -> Measured:
             command += ["--root-certificates", str(tls.authority)]
             command += ["--auth-supernode-private-key", str(folder / site)]
             home = {"FLWR_HOME": str(folder / f"home-{site}")}
-            stack.enter_context(started(command, folder / f"{site}.log", mark, home))
+            nodes.append(
+                stack.enter_context(started(command, folder / f"{site}.log", mark, home))
+            )
         values = {"schema": str(folder / "schema.json"), "out": str(out), "rounds": num_rounds}
-        run_id = superlink.submit(STOCK, values)
+        app = shutil.copytree(STOCK, folder / "app")
+        (app / "LICENSE").write_text(link.LICENSE)
+        run_id = superlink.submit(app, values)
         until = time.monotonic() + LIMIT_S
         while not superlink.status(run_id).is_finished and time.monotonic() < until:
+            if any(node.poll() is not None for node in nodes):
+                raise SystemExit(f"a SuperNode ended: {link._reason(folder / 'north.log')}")
             time.sleep(1.0)
         if not out.exists():
             raise SystemExit(f"stock Flower did not end well: {superlink.status(run_id)}")
@@ -306,6 +316,7 @@ def marked() -> Iterator[str]:
     mark = secrets.token_hex(16)
     added = {
         MARK: mark,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
@@ -327,7 +338,7 @@ def marked() -> Iterator[str]:
 @contextmanager
 def started(
     command: Sequence[str], log_file: Path, mark: str, more: dict[str, str] | None = None
-) -> Iterator[None]:
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run a process, and at exit end it and all it started."""
     own = secrets.token_hex(16)
     with log_file.open("wb") as handle:
@@ -340,7 +351,7 @@ def started(
             start_new_session=True,
         )
     try:
-        yield
+        yield process
     finally:
         link._end(process, mark=own)
 
