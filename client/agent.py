@@ -61,13 +61,12 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client.app import Answer, error_reply, make_app
+from shared_models.envelope import pause_s
 from shared_models.errors import DocumentError
 from shared_models.signing import write_secret
 
 HEARTBEAT_S = 10  # the SuperLink counts a site as gone after twice this
-POLL_BUSY_S = 0.15
-POLL_IDLE_S = 0.5
-BUSY_S = 10.0  # how long after an order the next one is expected soon
+POLL_BUSY_S = 0.15  # while the other end is still uploading
 MAX_DELAY_S = 5.0
 TIMEOUT_S = 30.0
 LINGER_S = 1.0  # the SuperLink drops the replies of a node that leaves before they are claimed
@@ -148,7 +147,7 @@ class _Seat:
         self.public_key = public_key
         self.stop = stop
         self.node: Node | None = None
-        self.delivered_at = 0.0
+        self.delivered_at = float("-inf")
 
     def activate(self) -> Node:
         """Return this site's node, activated if need be."""
@@ -207,15 +206,13 @@ class _Seat:
 
 
 def _serve(seat: _Seat, app: ClientApp) -> None:
-    busy_until = 0.0
     while not seat.stop.is_set():
         received = seat.insist(_receive(seat.client), until=float("inf"))
         if received:
             order, tree = received[0]
             _obey(seat, app, order=order, tree=tree)
-            busy_until = time.monotonic() + BUSY_S
         else:
-            seat.stop.wait(POLL_BUSY_S if time.monotonic() < busy_until else POLL_IDLE_S)
+            seat.stop.wait(pause_s(time.monotonic() - seat.delivered_at))
 
 
 def _obey(seat: _Seat, app: ClientApp, *, order: Message, tree: ObjectTree) -> None:

@@ -35,7 +35,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from server.rounds import Ask
-from shared_models.envelope import letter_from, record_from
+from shared_models.envelope import letter_from, pause_s, record_from
 from shared_models.errors import DocumentError, MachineError
 from shared_models.wire import Letter
 
@@ -184,6 +184,7 @@ class _Post:
 
 
 def _replies(post: _Post, sites: list[str], *, until: float) -> Iterator[tuple[str, Letter | None]]:
+    asked = time.monotonic()
     for site in sites:
         while site in post.waiting:
             is_last = time.monotonic() >= until
@@ -191,7 +192,7 @@ def _replies(post: _Post, sites: list[str], *, until: float) -> Iterator[tuple[s
             if is_last:
                 break
             if site in post.waiting:
-                time.sleep(POLL_S)
+                time.sleep(pause_s(time.monotonic() - asked))
         yield site, _read(post, site, seconds=max(until - time.monotonic(), 0.0) + LATE_S)
 
 

@@ -14,10 +14,11 @@ adds a constant to each array (``tests/bench/stock``): it trains nothing, evalua
 imports no torch, all in its favour.
 
 A round's overhead is its wall time (ours: from one line in rounds.jsonl to the next) minus the
-seconds the slowest site says it trained; the first round is left out. Bytes are those of orders and
-replies at the coordinator, all sites together. Memory is the high-water mark of each process; what
-it takes beyond its start is what it takes more than the same process with the model of 0 MB, which
-is therefore always run. A ratio is ours over stock, of medians.
+seconds the slowest site says it trained; the first round is left out. CPU seconds are those of all
+processes in a round, training with them, and say more than the clock on a busy machine. Bytes are
+those of orders and replies at the coordinator, all sites together. Memory is the high-water mark of
+each process; what it takes beyond its start is what it takes more than the same process with the
+model of 0 MB, which is therefore always run. A ratio is ours over stock, of medians.
 """
 
 import argparse
@@ -35,6 +36,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -67,9 +69,10 @@ Schema = list[tuple[str, list[int]]]
 
 
 class Measured(NamedTuple):
-    """One run: seconds beyond training and bytes by round, and MB by part at most."""
+    """One run: seconds beyond training by round, CPU seconds and bytes of one, MB by part."""
 
     overheads_s: list[float]
+    cpu_s: float
     bytes_per_round: int
     peaks_mb: dict[str, float]
 
@@ -84,7 +87,9 @@ def main() -> None:
     for size in sizes:
         for repeat in range(options.repeats):
             for name, measure in contenders.items():
-                if options.only not in (None, name) or (name == "flower" and size not in stock_sizes):
+                if options.only not in (None, name):
+                    continue
+                if name == "flower" and size not in stock_sizes:
                     continue
                 say(f"{name}, {size} MB, run {repeat + 1} of {options.repeats}")
                 with tempfile.TemporaryDirectory(prefix="rounds-") as folder:
@@ -127,19 +132,18 @@ def ours(size: int, num_rounds: int, folder: Path) -> Measured:
         marks = list(line_times(run_dir / store.ROUNDS, num_rounds, superlink, run_id))
         records = store.read_rounds(run_dir)[:num_rounds]
         watch.look(is_scan=True)
-    walls = [after - before for before, after in zip(marks, marks[1:], strict=False)]
+    walls = [after - before for before, after in pairwise(marks)]
     trained = [max(reply.seconds for reply in record.replies) for record in records[1:]]
     last = records[-1]
     return Measured(
         [wall - seconds for wall, seconds in zip(walls, trained, strict=True)],
+        watch.cpu_s(marks[0], marks[-1]) / len(walls),
         last.sent_bytes + last.received_bytes,
         watch.by_part(),
     )
 
 
-def line_times(
-    file: Path, number: int, superlink: link.SuperLink, run_id: int
-) -> Iterator[float]:
+def line_times(file: Path, number: int, superlink: link.SuperLink, run_id: int) -> Iterator[float]:
     """Yield when each of the file's lines was there."""
     until, asked, seen = time.monotonic() + LIMIT_S, time.monotonic(), 0
     while seen < number:
@@ -286,9 +290,7 @@ def stock(size: int, num_rounds: int, folder: Path) -> Measured:
             command += ["--root-certificates", str(tls.authority)]
             command += ["--auth-supernode-private-key", str(folder / site)]
             home = {"FLWR_HOME": str(folder / f"home-{site}")}
-            nodes.append(
-                stack.enter_context(started(command, folder / f"{site}.log", mark, home))
-            )
+            nodes.append(stack.enter_context(started(command, folder / f"{site}.log", mark, home)))
         values = {"schema": str(folder / "schema.json"), "out": str(out), "rounds": num_rounds}
         app = shutil.copytree(STOCK, folder / "app")
         (app / "LICENSE").write_text(link.LICENSE)
@@ -301,10 +303,12 @@ def stock(size: int, num_rounds: int, folder: Path) -> Measured:
         if not out.exists():
             raise SystemExit(f"stock Flower did not end well: {superlink.status(run_id)}")
     said = json.loads(out.read_text())
-    walls = [after - before for before, after in zip(said["marks"][1:], said["marks"][2:])]
+    marks = said["marks"][1:]
+    walls = [after - before for before, after in pairwise(marks)]
     vector_bytes = sum(int(np.prod(shape)) for _, shape in tensors) * 4
     return Measured(
         [wall - seconds for wall, seconds in zip(walls, said["seconds"][1:], strict=True)],
+        watch.cpu_s(marks[0], marks[-1]) / len(walls),
         3 * len(SITES) * vector_bytes,  # to train, to evaluate, and back
         watch.by_part(),
     )
@@ -366,11 +370,11 @@ def result_of(size: int, found: dict[tuple[str, int], list[Measured]]) -> dict[s
             result |= {
                 f"{name}_overhead_s": round(median(seconds), 3),
                 f"{name}_overhead_range_s": [round(min(seconds), 3), round(max(seconds), 3)],
+                f"{name}_cpu_s": round(median(run.cpu_s for run in runs), 2),
                 f"{name}_bytes": runs[-1].bytes_per_round,
                 f"{name}_peak_mb": {part: round(peak) for part, peak in peaks.items()},
                 f"{name}_beyond_start_mb": {
-                    part: max(0, round(peak - least.get(part, 0.0)))
-                    for part, peak in peaks.items()
+                    part: max(0, round(peak - least.get(part, 0.0))) for part, peak in peaks.items()
                 },
             }
             prefix = "" if name == "ours" else "flower_"
@@ -387,7 +391,14 @@ def highest(runs: Sequence[Measured]) -> dict[str, float]:
 
 def show(results: dict[str, dict[str, Any]]) -> None:
     table = Table(title="A round beyond the training, three sites; median [least, most]")
-    for column in ("MB", "", "overhead, s", "MB moved", "MB of memory beyond start (and in all)"):
+    for column in (
+        "MB",
+        "",
+        "overhead, s",
+        "CPU s",
+        "MB moved",
+        "MB of memory beyond start (and in all)",
+    ):
         table.add_column(column)
     table.add_column("ours / stock")
     for size, result in results.items():
@@ -400,6 +411,7 @@ def show(results: dict[str, dict[str, Any]]) -> None:
                 size,
                 name,
                 f"{result[f'{name}_overhead_s']:.2f} [{low:.2f}, {high:.2f}]",
+                f"{result[f'{name}_cpu_s']:.1f}",
                 f"{result[f'{name}_bytes'] / 1e6:.1f}",
                 ", ".join(f"{part} {beyond[part]} ({peaks[part]})" for part in peaks),
                 f"{result['ratio']:.3f}" if name == "ours" and "ratio" in result else "",
