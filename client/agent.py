@@ -66,7 +66,6 @@ from shared_models.errors import DocumentError
 from shared_models.signing import write_secret
 
 HEARTBEAT_S = 10  # the SuperLink counts a site as gone after twice this
-POLL_BUSY_S = 0.15  # while the other end is still uploading
 MAX_DELAY_S = 5.0
 TIMEOUT_S = 30.0
 LINGER_S = 1.0  # the SuperLink drops the replies of a node that leaves before they are claimed
@@ -164,12 +163,12 @@ class _Seat:
 
         ``call`` is made at least once, and must continue where it was interrupted.
         """
-        delay_s, level = 0.25, logging.WARNING
+        began, delay_s, level = time.monotonic(), 0.25, logging.WARNING
         while True:
             try:
                 return call(self.activate())
             except _IncompleteError:  # soon there: the other end is still uploading
-                pause_s = POLL_BUSY_S
+                wait_s = pause_s(time.monotonic() - began)
             except RETRIED as error:
                 status = _status(error)
                 if status == FINISHED and self.node is not None:
@@ -178,9 +177,9 @@ class _Seat:
                 if status in UNSEATED:
                     self.node = None
                 log.log(level, "%s (%s); trying again", _trouble(status), type(error).__name__)
-                pause_s, level = delay_s, logging.DEBUG
+                wait_s, level = delay_s, logging.DEBUG
                 delay_s = min(2 * delay_s, MAX_DELAY_S)
-            if self.stop.wait(pause_s) or time.time() > until:
+            if self.stop.wait(wait_s) or time.time() > until:
                 return None
 
     def beat(self, ended: threading.Event) -> None:
