@@ -83,24 +83,26 @@ def main() -> None:
     sizes = sorted({0, *options.sizes})
     stock_sizes = sizes if options.flower_sizes is None else sorted({0, *options.flower_sizes})
     found: dict[tuple[str, int], list[Measured]] = {}
+    results: dict[str, dict[str, Any]] = {}
     contenders: dict[str, Callable[[int, int, Path], Measured]] = {"ours": ours, "flower": stock}
     for size in sizes:
-        for repeat in range(options.repeats):
+        repeats = options.repeats if size in options.sizes else 1
+        for repeat in range(repeats):
             for name, measure in contenders.items():
                 if options.only not in (None, name):
                     continue
                 if name == "flower" and size not in stock_sizes:
                     continue
-                say(f"{name}, {size} MB, run {repeat + 1} of {options.repeats}")
+                say(f"{name}, {size} MB, run {repeat + 1} of {repeats}")
                 with tempfile.TemporaryDirectory(prefix="rounds-") as folder:
                     one = measure(size, options.rounds + 1, Path(folder))
                 found.setdefault((name, size), []).append(one)
                 say("  seconds beyond training: " + " ".join(f"{s:.2f}" for s in one.overheads_s))
                 say("  MB at most: " + ", ".join(f"{k} {v:.0f}" for k, v in one.peaks_mb.items()))
-    results = {str(size): result_of(size, found) for size in sizes}
+        results[str(size)] = result_of(size, found)
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=2) + "\n")
     show(results)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def parsed() -> argparse.Namespace:
