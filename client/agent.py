@@ -64,14 +64,11 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client.app import Answer, Refuse, make_app, refusal_reply
-from shared_models.envelope import BUNDLE_DIGEST
+from shared_models.envelope import BUNDLE_DIGEST, pause_s
 from shared_models.errors import DocumentError
 from shared_models.signing import write_secret
 
 HEARTBEAT_S = 10  # the SuperLink counts a site as gone after twice this
-POLL_BUSY_S = 0.15
-POLL_IDLE_S = 0.5
-BUSY_S = 10.0  # how long after an order the next one is expected soon
 MAX_DELAY_S = 5.0
 TIMEOUT_S = 30.0
 LINGER_S = 1.0  # the SuperLink drops the replies of a node that leaves before they are claimed
@@ -217,7 +214,7 @@ class _Seat:
         self.node: Node | None = None
         self.working_for: int | None = None
         self.bundles: dict[int, str] = {}
-        self.delivered_at = 0.0
+        self.delivered_at = float("-inf")
 
     def activate(self) -> Node:
         """Return this site's node, activated if need be."""
@@ -235,12 +232,12 @@ class _Seat:
         ``until`` is by the monotonic clock: setting the machine's clock changes no wait.
         ``call`` is made at least once, and must continue where it was interrupted.
         """
-        delay_s, level = 0.25, logging.WARNING
+        began, delay_s, level = time.monotonic(), 0.25, logging.WARNING
         while True:
             try:
                 return call(self.activate())
             except _IncompleteError:  # soon there: the other end is still uploading
-                pause_s = POLL_BUSY_S
+                wait_s = pause_s(time.monotonic() - began)
             except RETRIED as error:
                 status = _status(error)
                 if status == FINISHED and self.node is not None:
@@ -249,9 +246,9 @@ class _Seat:
                 if status in UNSEATED:
                     self.node = None
                 log.log(level, "%s (%s); trying again", _trouble(status), type(error).__name__)
-                pause_s, level = delay_s, logging.DEBUG
+                wait_s, level = delay_s, logging.DEBUG
                 delay_s = min(2 * delay_s, MAX_DELAY_S)
-            if self.stop.wait(pause_s) or time.monotonic() > until:
+            if self.stop.wait(wait_s) or time.monotonic() > until:
                 return None
 
     def beat(self, ended: threading.Event) -> None:
@@ -297,15 +294,14 @@ class _Seat:
 
 
 def _serve(seat: _Seat, answer: Answer, refuse: Refuse | None = None) -> None:
-    app, busy_until = make_app(answer, refuse), 0.0
+    app = make_app(answer, refuse)
     while not seat.stop.is_set():
         received = seat.insist(_receive(seat.client), until=float("inf"))
         if received:
             order, tree = received[0]
             _obey(seat, app, refuse, order=order, tree=tree)
-            busy_until = time.monotonic() + BUSY_S
         else:
-            seat.stop.wait(POLL_BUSY_S if time.monotonic() < busy_until else POLL_IDLE_S)
+            seat.stop.wait(pause_s(time.monotonic() - seat.delivered_at))
 
 
 def _obey(

@@ -44,7 +44,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from server.rounds import Ask, Circle
-from shared_models.envelope import letter_from, record_from
+from shared_models.envelope import letter_from, pause_s, record_from
 from shared_models.errors import DocumentError, MachineError
 from shared_models.wire import Letter
 
@@ -327,6 +327,7 @@ class _Post:
 
 
 def _replies(post: _Post, sites: list[str]) -> Iterator[tuple[str, Letter | None]]:
+    asked = time.monotonic()
     for site in sites:
         reply: Letter | None = None
         while reply is None:
@@ -336,7 +337,7 @@ def _replies(post: _Post, sites: list[str]) -> Iterator[tuple[str, Letter | None
                 if is_last:
                     post.waiting.discard(site)
                 elif site in post.waiting:
-                    time.sleep(POLL_S)
+                    time.sleep(pause_s(time.monotonic() - asked))
             if site not in post.announced:
                 break
             reply = post.fetch(site)

@@ -181,7 +181,8 @@ def run(
         weights, state = result.weights, result.state
         average = averaged(average, weights, decay=plan.rounds.averaging, round_=round_)
         validation = validate(average)
-        digest_ = digest(flatten(average))
+        is_new = average is not weights  # the record has the digest of these already
+        digest_ = digest(flatten(average)) if is_new else result.record.weights_digest
         record = result.record.model_copy(
             update={"validation": validation, "weights_digest": digest_}
         )
@@ -319,7 +320,7 @@ def orders_for(
     is_summed = kind == "train" and plan.rounds.secure_aggregation
     participants = tuple(consortium.approvals[s] for s in sorted(consortium.sites) if is_summed)
     vector = flatten(weights)
-    buckets = to_buckets(vector)
+    buckets, digest_ = to_buckets(vector), digest(vector)
     now = datetime.now(UTC)
     deadline_s = _deadline_s(plan, kind)
     return {
@@ -329,7 +330,7 @@ def orders_for(
                 round_=round_,
                 kind=kind,
                 site=site,
-                weights_digest=digest(vector),
+                weights_digest=digest_,
                 attempt=attempt,
                 participants=participants,
                 issued_at=now,
@@ -359,8 +360,10 @@ def answered(
         if letter is None:
             yield Answer(_refusal(order, "no-answer"), None, 0)
             continue
-        yield _answer(letter, order=order, key=consortium.sites[site], weights=weights)
-        del letter
+        answer = _answer(letter, order=order, key=consortium.sites[site], weights=weights)
+        del letter  # the vector is all that is needed of it
+        yield answer
+        del answer
 
 
 def _answer(letter: Letter, *, order: RoundOrder, key: str, weights: Weights) -> Answer:

@@ -189,7 +189,7 @@ def keep_checkpoint(run_dir: Path, progress: Progress) -> None:
 
     arrays: dict[str, NDArray[Any]] = {"round": np.array([progress.num_rounds], np.int64)}
     for part, named in _parts(progress).items():
-        arrays |= {f"{part}/{name}": np.array(named[name], order="C") for name in sorted(named)}
+        arrays |= {f"{part}/{name}": np.asarray(named[name], order="C") for name in sorted(named)}
     file = _checkpoint(run_dir, progress.num_rounds)
     file.parent.mkdir(exist_ok=True)
     replace(file, save(arrays))

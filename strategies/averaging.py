@@ -84,7 +84,9 @@ def _mean(weights: Weights, updates: Iterable[Update]) -> State:
         del update  # or it would live on while the next one is fetched
     if total <= 0:
         raise ValueError("expected at least one update with patients, got none")
-    return {name: value / total for name, value in sums.items()}
+    for value in sums.values():
+        value /= total
+    return sums
 
 
 def _add(sums: dict[str, NDArray[np.float64]], update: Update) -> None:

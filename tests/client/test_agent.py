@@ -45,7 +45,13 @@ from hypothesis import strategies as st
 
 from client import agent
 from client.app import FAILED, make_app
-from shared_models.envelope import BUNDLE_DIGEST, letter_from, record_from
+from shared_models.envelope import (
+    BUNDLE_DIGEST,
+    INLINE_BYTES,
+    letter_from,
+    pause_s,
+    record_from,
+)
 from shared_models.errors import DocumentError
 from shared_models.wire import Letter
 
@@ -92,6 +98,23 @@ def test_a_letter_survives_the_journey(letter: Letter) -> None:
     assert letter_from(travelled(record_from(letter))) == letter
 
 
+@pytest.mark.parametrize(("more", "num_objects"), [(0, 2), (1, 7)])
+def test_small_weights_travel_beside_the_texts_and_large_ones_apart(
+    more: int, num_objects: int
+) -> None:
+    letter = ORDER._replace(buckets=(bytes(INLINE_BYTES), b"a" * more)[: 1 + more])
+    record = record_from(letter)
+    assert letter_from(travelled(record)) == letter
+    assert ("weights" in record) == bool(more)
+    assert len(get_all_nested_objects(record)) == num_objects
+
+
+@given(st.floats(0, 1e6), st.floats(0, 1e6))
+def test_what_is_waited_for_is_asked_about_soon_and_then_seldom(waited: float, more: float) -> None:
+    assert 0.03 <= pause_s(waited) <= pause_s(waited + more) <= 0.5
+    assert pause_s(waited) <= max(0.03, waited / 10)
+
+
 def raw(data: bytes = b"1234", **changed: Any) -> Array:
     return Array(**({"dtype": "uint8", "shape": (4,), "stype": "raw", "data": data} | changed))
 
@@ -107,6 +130,16 @@ FOREIGN = {
     "a number": {"letter": ConfigRecord(FIELDS | {"key": 1})},
     "no weights": {"letter": ConfigRecord(FIELDS), "weights": ArrayRecord()},
     "no arrays": {"letter": ConfigRecord(FIELDS), "weights": ConfigRecord({"0000": b""})},
+    "weights that are text": {"letter": ConfigRecord(FIELDS | {"weights": ["abcd"]})},
+    "weights that are no list": {"letter": ConfigRecord(FIELDS | {"weights": b"abcd"})},
+    "no weights beside the texts": {"letter": ConfigRecord(FIELDS | {"weights": list[bytes]()})},
+    "too many weights beside the texts": {
+        "letter": ConfigRecord(FIELDS | {"weights": [bytes(INLINE_BYTES), b"a"]})
+    },
+    "weights in two places": {
+        "letter": ConfigRecord(FIELDS | {"weights": [b"abcd"]}),
+        "weights": ArrayRecord({"0000": raw()}),
+    },
     "a gap": {"letter": ConfigRecord(FIELDS), "weights": ArrayRecord({"0001": raw()})},
     "numpy": {
         "letter": ConfigRecord(FIELDS),
