@@ -5,12 +5,11 @@ Text of the coordinator's is printed without its control characters and never as
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -313,8 +312,3 @@ def _ago(when: datetime, now: datetime) -> str:
         if seconds >= 2 * length:
             return f"{int(seconds // length)} {unit} ago"
     return f"{int(seconds)} seconds ago"
-
-
-def objections_list(objections: Iterable[str]) -> RenderableType:
-    """Return why this hospital may not approve, a line each."""
-    return Padding(Group(*(Text(f"- {printable(one)}") for one in objections)), (1, 0, 0, 0))

@@ -22,6 +22,7 @@ from typing import Literal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client import ledger, studies, visits
+from client.certificate import days_left
 from client.config import SiteConfig
 from client.running import is_running
 from client.studies import Known
@@ -43,7 +44,7 @@ from shared_models.contracts import (
     SiteName,
     StudyState,
 )
-from shared_models.errors import LedgerError
+from shared_models.errors import DocumentError, LedgerError
 from shared_models.plan import Purpose, StudyPlan, planned_events
 from shared_models.privacy import Ledger, epsilon, spent
 from shared_models.signing import public_key
@@ -51,6 +52,7 @@ from shared_models.signing import public_key
 ACCOUNTANT = "dp_accounting PLD, pessimistic"
 MOST_EVENTS = 200  # shown one by one; all are counted
 LATE_S = 300.0
+NO_CERTIFICATE = "The site's certificate cannot be read: the coordinator cannot be told anything."
 FEW_DAYS, FEW_MB, NEARLY_SPENT = 14, 2048, 0.9
 
 
@@ -407,15 +409,15 @@ def _link_attention(status: Status) -> Iterator[str]:
         yield f"The coordinator has not answered since {last:%Y-%m-%d %H:%M} UTC."
 
 
-def watcher(
-    config: SiteConfig,
-    *,
-    key: Ed25519PrivateKey,
-    certificate_days: Callable[[], int | None] = lambda: None,
-) -> Callable[[], Status]:
+def watcher(config: SiteConfig, *, key: Ed25519PrivateKey) -> Callable[[], Status]:
     """Return a function that gathers the status now, as often as it is asked."""
 
     def look() -> Status:
-        return gather(config, key=key, now=datetime.now(UTC), certificate_days=certificate_days())
+        now = datetime.now(UTC)
+        try:
+            return gather(config, key=key, now=now, certificate_days=days_left(config))
+        except DocumentError:
+            found = gather(config, key=key, now=now)
+            return found.model_copy(update={"attention": (*found.attention, NO_CERTIFICATE)})
 
     return look

@@ -18,7 +18,8 @@ import logging
 import random
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, date, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import ValidationError
 
 from client import journal, studies
+from client.certificate import days_left
 from client.config import SiteConfig
 from client.studies import Word
 from shared_models import plan as plans
@@ -40,7 +42,7 @@ from shared_models.contracts import (
     SignedReceipt,
     Visit,
 )
-from shared_models.errors import DocumentError
+from shared_models.errors import ConsiliaError, DocumentError
 from shared_models.files import append_line, read_tail, replace
 from shared_models.journal import RECEIPTS, Receipted
 from shared_models.plan import SignedPlan
@@ -48,6 +50,8 @@ from shared_models.signing import digest, is_signed_by
 
 CHECKPOINT, LAST_VISIT = "checkpoint.json", "visit.json"
 EVERY_S, MAX_DELAY_S = 20.0, 300.0
+LEAVE_S = 5.0  # how long a visit under way is waited for at the end
+NVIDIA = Path("/dev/nvidiactl")  # torch would know more, and the agent imports none of it
 MOST_STUDIES = 1000  # a visit has room for no more decisions
 
 log = logging.getLogger(__name__)
@@ -109,7 +113,7 @@ def take(
     """
     if bulletin.site != config.name:
         raise DocumentError("the coordinator's answer is for another site")
-    new = []
+    new = list[str]()
     num_known = len(studies.known(config, key=key, today=today))
     for number, offer in enumerate(bulletin.offers):
         signed = _read(offer, config)
@@ -142,6 +146,31 @@ def last_visit(state_dir: Path) -> datetime | None:
         return LastVisit.model_validate_json((state_dir / LAST_VISIT).read_bytes()).when
     except (OSError, ValidationError):
         return None
+
+
+@contextmanager
+def in_background(
+    config: SiteConfig, key: Ed25519PrivateKey, *, stop: threading.Event
+) -> Iterator[None]:
+    """Visit the coordinator in a thread until ``stop``; a site that never joined visits nobody."""
+    if config.link.control is None:
+        log.info("this site has not joined by an invite: it visits nobody and is offered nothing")
+        yield
+        return
+    started_at = datetime.now(UTC)
+    thread = threading.Thread(
+        target=keep_visiting,
+        args=(config, key, lambda told: _call(config, told)),
+        kwargs={"agent": lambda: _agent(config, started_at), "stop": stop},
+        name="visits",
+        daemon=True,
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(LEAVE_S)
 
 
 def keep_visiting(
@@ -187,8 +216,25 @@ def visit_once(
 
 def pause_s(num_failed: int, *, every_s: float = EVERY_S) -> float:
     """Return how long to wait after so many failures in a row; a fifth of it is by chance."""
-    delay = min(every_s * 2 ** min(num_failed, 10), max(MAX_DELAY_S, every_s))
+    delay = min(every_s * 2.0 ** min(num_failed, 10), max(MAX_DELAY_S, every_s))
     return delay * random.uniform(0.9, 1.1)  # so that all sites of a consortium spread
+
+
+def _call(config: SiteConfig, told: Visit) -> Bulletin:
+    """Make a visit with the certificate that is valid now, renewed if few days of it are left."""
+    from client import control, join
+
+    try:
+        join.renew_if_due(config)
+    except ConsiliaError as error:
+        log.warning("the certificate was not renewed: %s", type(error).__name__)
+    with control.connect(config) as link:
+        return control.visit(link, told)
+
+
+def _agent(config: SiteConfig, started_at: datetime) -> Agent:
+    has_gpu = config.performance.device != "cpu" and NVIDIA.exists()
+    return Agent(started_at, has_gpu, days_left(config) or 0)
 
 
 def _read(offer: Offer, config: SiteConfig) -> SignedPlan | None:

@@ -297,6 +297,47 @@ def sign(
 
 
 @app.command()
+def propose(
+    plan: PlanFile,
+    office: OfficeDir = Path(),
+    validation: Annotated[
+        Path | None, typer.Option(help="The coordinator's held-out set: a manifest (CSV).")
+    ] = None,
+    validation_root: Annotated[
+        Path | None, typer.Option(help="What the manifest's paths are relative to.")
+    ] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="The warm start the plan states (safetensors).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sign a plan and offer it to the hospitals it names; each decides for itself."""
+    from server import desk, store
+    from server import office as offices
+    from shared_models import plan as plans
+
+    home = offices.read(office)
+    settings = store.RunSettings(
+        signing_key=(office / "signing.pem").resolve(),
+        sites={},
+        validation_manifest=validation and validation.resolve(),
+        validation_root=validation_root and validation_root.resolve(),
+    )
+    found = desk.propose(
+        desk.Desk(home.folder, home.key, offices.enrolled(home)),
+        plans.read(plan).plan,
+        settings=settings,
+        today=_today(),
+        start=start,
+    )
+    if as_json:
+        print(json.dumps({"study": found.study, "run_dir": str(found.run_dir)}))
+    else:
+        name, sites = found.signed.plan.name, ", ".join(found.signed.plan.sites)
+        print(f"offered study {found.study[:12]} '{name}' to {sites}")
+
+
+@app.command()
 def keygen(file: Annotated[Path, typer.Argument(help="The new key's file (PEM).")]) -> None:
     """Make the coordinator's signing key and print its public half."""
     from shared_models import signing

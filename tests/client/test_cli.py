@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 from click.testing import Result
@@ -359,6 +361,162 @@ def test_help_needs_no_torch_and_no_flower() -> None:
         "assert found.exit_code == 0, found.output\n"
         "assert 'Exit codes' in found.output\n"
         "for heavy in ('torch', 'flwr', 'monai', 'opacus', 'numpy'):\n"
+        "    assert heavy not in sys.modules, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+# --- studies and decisions
+
+
+@pytest.fixture
+def offered(hospital, plan_file: PlanFiles) -> str:
+    """Offer a study to the hospital and return its digest."""
+    site = config.read(hospital.config_file)
+    signed = plans.read(plan_file())
+    word = studies.Word(state="offered", when=datetime.now(UTC))
+    studies.keep_offer(signed, word, site, key=hospital.key)
+    return digest(signed.plan)
+
+
+def decide(hospital, command: str, study: str, *options: str) -> Result:
+    return run(command, study[:6], "--who", "Dr. Reed", *options, "--config", hospital.config_file)
+
+
+def status_of(hospital) -> str:
+    found = run("studies", "--json", "--config", hospital.config_file)
+    (one,) = json.loads(found.output)
+    return str(one["status"])
+
+
+def test_a_study_is_listed_shown_approved_and_withdrawn_by_its_first_digits(
+    hospital, offered: str
+) -> None:
+    listed = run("studies", "--config", hospital.config_file).output
+    assert offered[:8] in listed
+    assert "to be decided" in listed
+    assert decide(hospital, "approve", offered).output == (
+        f"approved study {offered[:12]} of 'tiny'\n"
+    )
+    assert status_of(hospital) == "approved"
+    found = decide(hospital, "withdraw", offered, "--reason", "capacity")
+    assert found.output == f"withdrawn study {offered[:12]} of 'tiny'\n"
+    assert status_of(hospital) == "withdrawn"
+    assert run("judge", offered[:6], "--config", hospital.config_file).exit_code == 0
+    assert decide(hospital, "approve", offered).exit_code == 0
+    assert status_of(hospital) == "approved"
+    verified = CliRunner().invoke(audit.app, ["verify", str(hospital.folder)])
+    assert "holds  3 decisions about studies" in verified.output
+    assert verified.exit_code == 0
+
+
+def test_a_refusal_needs_a_reason_of_the_list_and_keeps_its_note(hospital, offered: str) -> None:
+    assert decide(hospital, "refuse", offered).exit_code == 2
+    assert decide(hospital, "refuse", offered, "--reason", "dislike").exit_code == 2
+    assert status_of(hospital) == "offered"
+    note = ["--note", "our lawyers say no"]
+    found = decide(hospital, "refuse", offered, "--reason", "legal", *note, "--json")
+    told = Countersignature.model_validate_json(found.output)
+    assert (told.approval.decision, told.approval.reason) == ("refused", "legal")
+    assert "lawyers" not in found.output
+    assert status_of(hospital) == "refused"
+
+
+@pytest.mark.parametrize("note", ["", "x" * 2001])
+def test_a_note_that_is_none_is_wrong_usage(note: str, hospital, offered: str) -> None:
+    assert decide(hospital, "refuse", offered, "--reason", "data", "--note", note).exit_code == 2
+    assert status_of(hospital) == "offered"
+
+
+def test_what_was_not_approved_cannot_be_withdrawn(hospital, offered: str) -> None:
+    found = decide(hospital, "withdraw", offered)
+    assert isinstance(found.exception, ConsiliaError)
+    assert "nothing to withdraw" in str(found.exception)
+
+
+def test_a_plan_is_told_in_plain_words(hospital, offered: str) -> None:
+    found = " ".join(run("show", offered[:6], "--config", hospital.config_file).output.split())
+    for words in (
+        "tiny study",
+        "Purpose research",
+        "densenet (init_features 4",
+        "the change of the model's weights with noise added here; also the number of training "
+        "patients, and metrics over the test patients if there are at least 5.",
+        "which costs as much again",
+        "per patient at delta 0.01 for the whole study; at most 4",
+        "dp_accounting PLD, pessimistic, rounded up; Poisson sampling; add or remove one patient",
+        "Does not cover the presence of test patients in evaluation metrics",
+    ):
+        assert words in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"privacy": None}, "NONE: nothing bounds what the model may reveal"),
+        ({"privacy": None}, "WITHOUT any noise; the training loss"),
+        ({"rounds.secure_aggregation": True}, "hidden among at least 2 sites"),
+    ],
+)
+def test_what_a_plan_lacks_or_adds_is_told(
+    changes: dict[str, Any], words: str, hospital, plan_file: PlanFiles
+) -> None:
+    found = run("show", plan_file(changes), "--config", hospital.config_file)
+    assert words in " ".join(found.output.split())
+
+
+def test_the_plan_itself_is_shown_as_it_was_signed(hospital, offered: str) -> None:
+    found = run("show", offered[:6], "--toml", "--config", hospital.config_file)
+    signed = plans.parse(found.output)
+    assert digest(signed.plan) == offered
+    assert is_signed_by(signed.plan, signed.signature, key=signed.plan.coordinator)
+
+
+# --- status and page
+
+
+def test_status_leaves_with_1_where_the_journal_is_broken(hospital, offered: str) -> None:
+    found = run("status", "--json", "--config", hospital.config_file)
+    assert found.exit_code == 0
+    assert json.loads(found.output)["studies"][0]["study"] == offered
+    file = hospital.folder / "state" / journal.FILE
+    file.write_bytes(file.read_bytes()[:-9])
+    found = run("status", "--config", hospital.config_file)
+    assert found.exit_code == 1
+    assert "BROKEN: entry 1" in found.output
+
+
+def test_status_says_that_a_certificate_cannot_be_read(hospital) -> None:
+    text = hospital.config_file.read_text()
+    named = '[link]\ncontrol = "fl.example.org:9444"\ncertificate = "none.pem"\n'
+    hospital.config_file.write_text(text.replace("[link]\n", named))
+    found = run("status", "--json", "--config", hospital.config_file)
+    assert any("certificate cannot be read" in one for one in json.loads(found.output)["attention"])
+
+
+def test_page_serves_the_status_until_it_is_stopped(hospital, offered: str) -> None:
+    command = [sys.executable, "-m", "client.cli", "page", "--port", "0"]
+    running = subprocess.Popen(
+        [*command, "--config", str(hospital.config_file)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert running.stdout is not None
+        address = running.stdout.readline().split()[0]
+        assert address.startswith("http://127.0.0.1:")
+        with urlopen(f"{address}status.json", timeout=30) as answer:
+            assert json.load(answer)["studies"][0]["study"] == offered
+    finally:
+        running.terminate()
+        assert running.wait(30) == 0
+        if running.stdout is not None:
+            running.stdout.close()
+
+
+def test_status_and_decisions_need_no_torch() -> None:
+    program = (
+        "import sys\n"
+        "import client.show, client.status, client.page, client.studies_cli, client.visits\n"
+        "for heavy in ('torch', 'flwr', 'monai', 'opacus', 'grpc'):\n"
         "    assert heavy not in sys.modules, heavy\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
