@@ -4,6 +4,7 @@ Under the office's folder:
 
 studies/<first 12 of digest>/        a run directory (``store.py``) for each study offered
     approvals/<site>.json            the newest decision of each site, approved or not
+    approvals/<site>.jsonl           all its decisions in turn, for whoever audits the study
 checkpoints/<site>.jsonl             the site's signed checkpoints, each once, never changed
 checkpoints/<site>.forks.jsonl       those that contradict them
 visits/<site>.json                   when the site was last here, and its health (Seen)
@@ -250,6 +251,7 @@ def _keep_decision(new: Countersignature, offered: Sequence[Study], site: str, *
     if held is not None and is_held and not _is_newer(new, held):
         return
     file.parent.mkdir(exist_ok=True)
+    append_line(file.with_suffix(".jsonl"), new.model_dump_json())
     replace(file, new.model_dump_json(indent=2).encode())
     log.info("%s: study %s is %s", site, study.study[:SHORT], approval.decision)
 

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
 
-from server import control, desk, register
+from server import control, desk, register, report, store
 from server import office as offices
 from server.conduct import News, Place, conduct
 from server.office import Office
@@ -61,8 +61,6 @@ def place(office: Office) -> Place:
 
 def want(run_dir: Path) -> None:
     """Ask for a study to be run; a failure it had is forgotten."""
-    from server import store
-
     store.forget_failure(run_dir)
     replace(run_dir / WANTED, b"")
 
@@ -80,7 +78,7 @@ def is_wanted(run_dir: Path) -> bool:
 def _wanted(folder: Path, enrolled: Mapping[str, SiteKeys]) -> list[Path]:
     """Return the studies to run, in which only sites count that are enrolled now."""
     found = sorted(file.parent for file in (folder / "studies").glob(f"*/{WANTED}"))
-    for run_dir in found:
+    for run_dir in (one for one in found if not (one / report.JSON_NAME).exists()):
         for approval in (run_dir / "approvals").glob("*.json"):
             if approval.stem not in enrolled:
                 approval.replace(approval.with_suffix(".revoked"))

@@ -111,7 +111,7 @@ def audit_run(run_dir: Path) -> AuditReport:
     records = _parsed(run_dir / "rounds.jsonl", _records)
     findings = [
         *_plan_findings(signed, report),
-        *_approval_findings(run_dir, signed),
+        *_approval_findings(run_dir, signed, records),
         *_privacy_findings(signed.plan, records, report),
         *_model_findings(run_dir, records, report),
     ]
@@ -221,23 +221,41 @@ def _is_of(text: str, plan: StudyPlan) -> bool:
         return False
 
 
-def _approval_findings(run_dir: Path, signed: SignedPlan) -> Iterator[Finding]:
+def _approval_findings(
+    run_dir: Path, signed: SignedPlan, records: list[RoundRecord]
+) -> Iterator[Finding]:
+    """Check that every site that answered had approved the plan, whatever it decided later."""
     settings = _parsed(run_dir / "run.json", json.loads)
-    for site in signed.plan.sites:
-        file = run_dir / "approvals" / f"{site}.json"
+    answered = {reply.site for record in records for reply in record.replies}
+    for site in (site for site in signed.plan.sites if site in answered):
         try:
             key = str(settings["sites"][site]["signing"])
-            found = Countersignature.model_validate_json(file.read_bytes())
-        except (OSError, ValidationError, LookupError, TypeError):
+        except (LookupError, TypeError):
             yield f"{site} approved this plan", False
             continue
-        approval = found.approval
-        is_theirs = is_signed_by(approval, found.signature, key=key)
-        is_this = approval.study == digest(signed.plan) and approval.site == site
         yield (
             f"{site} approved this plan",
-            is_theirs and is_this and approval.decision == "approved",
+            any(
+                is_signed_by(one.approval, one.signature, key=key)
+                and (one.approval.study, one.approval.site) == (digest(signed.plan), site)
+                and one.approval.decision == "approved"
+                for one in _decisions(run_dir / "approvals", site)
+            ),
         )
+
+
+def _decisions(folder: Path, site: str) -> Iterator[Countersignature]:
+    """Yield what a site decided: its newest decision, and those before if they were kept."""
+    for file in (folder / f"{site}.json", folder / f"{site}.jsonl"):
+        try:
+            content = file.read_bytes()
+        except OSError:
+            continue
+        for text in content.splitlines() if file.suffix == ".jsonl" else [content]:
+            try:
+                yield Countersignature.model_validate_json(text)
+            except ValidationError:
+                continue
 
 
 def _privacy_findings(

@@ -262,6 +262,9 @@ def test_who_withdrew_takes_part_in_no_further_round(desk: Desk, offered: desks.
     assert approving() == set()
     told(desk, decided(plan, "approved", minute=2))
     assert approving() == {"north"}
+    history = (offered.run_dir / "approvals" / "north.jsonl").read_text().splitlines()
+    said = [Countersignature.model_validate_json(line).approval.decision for line in history]
+    assert said == ["approved", "withdrawn", "approved"]
 
 
 # --- checkpoints

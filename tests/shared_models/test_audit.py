@@ -346,6 +346,14 @@ def missing_approval(run_dir: Path, plan: StudyPlan) -> None:
     (run_dir / "approvals" / "south.json").unlink()
 
 
+def test_who_withdrew_after_it_answered_had_approved(run_dir: Path, private: StudyPlan) -> None:
+    file = run_dir / "approvals" / "south.json"
+    approved = Countersignature.model_validate_json(file.read_bytes())
+    file.with_suffix(".jsonl").write_text(approved.model_dump_json() + "\n")
+    approve(run_dir, private, "south", decision="withdrawn")
+    assert not audit_run(run_dir).failed
+
+
 def garbled_approval(run_dir: Path, plan: StudyPlan) -> None:
     (run_dir / "approvals" / "south.json").write_bytes(b"\xff{")
 
