@@ -251,7 +251,7 @@ def _timed_step(
 
     training = plan.training.model_copy(update={"sample_rate": 1.0, "steps_per_round": 1})
     settings = job.performance
-    took = []
+    took = list[float]()
     begun = time.monotonic()
     while len(took) < 2 or (time.monotonic() - begun < STEPS_S and len(took) <= MOST_STEPS):
         start = time.monotonic()

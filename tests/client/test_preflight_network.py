@@ -20,8 +20,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from client import agent
+from client.control import Probe
 from client.preflight import Case, Finding, line, network
-from client.preflight.base import MIB, Probe
+from client.preflight.base import MIB
 from client.preflight.dry import Dry
 from shared_models.errors import MachineError, SignatureError
 
