@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from client.config import SiteConfig
 from shared_models.plan import StudyPlan
 
 if TYPE_CHECKING:
+    from client.control import Probe
     from client.preflight.dry import Dry
     from client.preflight.line import Line
     from shared_models.cohort import Row
@@ -41,17 +42,8 @@ class Finding(NamedTuple):
     figures: Mapping[str, float] = {}
 
 
-class Probe(NamedTuple):
-    """What the way to the coordinator is like; as ``client.control`` measures it."""
-
-    seconds_up: float
-    seconds_down: float
-    clock_skew_s: float
-    round_trip_s: float
-
-
 #: Measures the control plane with so many bytes up and down.
-Measure = Callable[[int, int], Any]
+Measure = Callable[[int, int], "Probe"]
 #: Told what is being done, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
 

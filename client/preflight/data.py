@@ -96,10 +96,10 @@ def labels(case: Case) -> Iterator[Finding]:
     if not case.rows or case.plan is None:
         return
     task, classes = _task(case, case.plan), _classes(case.plan)
-    order = _order(case, classes, task)
+    order = _order(case, case.plan, task)
     if order is not None:
         yield order
-    if task.label_kind == "map" or (order is not None and order.ok is False):
+    if task.label_kind == "map":
         return  # what maps hold is seen when they are opened
     unknown = sum(not _is_known(row.label, task) for row in case.rows)
     if unknown:
@@ -193,12 +193,12 @@ def _maps(case: Case, seen: Sequence[Seen]) -> Iterator[Finding]:
     yield Finding("labels", True, said, "data")
 
 
-def _order(case: Case, classes: Sequence[str], task: Task) -> Finding | None:
+def _order(case: Case, plan: StudyPlan, task: Task) -> Finding | None:
     """Say that numbers mean other classes here, or that nobody said what they mean."""
     from client.policy import agrees_on_classes
 
-    assert case.plan is not None
-    objection = agrees_on_classes(case.plan, case.config)
+    classes = _classes(plan)
+    objection = agrees_on_classes(plan, case.config)
     if objection is not None:
         said, _, cure = objection.partition("; ")
         return Finding("labels", False, said, "data", cure)

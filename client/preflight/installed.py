@@ -93,12 +93,8 @@ def _compared(ours: Distribution, root: Path) -> Finding:
     if not listed:
         return Finding(what, False, "the wheel's list of files is empty", "this machine", REINSTALL)
     if changed or added:
-        parts = [("differ from", changed), ("are not in", added)]
-        said = "; ".join(
-            f"{several(len(names), 'file')} {verb} the wheel: {_some(names)}"
-            for verb, names in parts
-            if names
-        )
+        parts = (("changed since they were installed", changed), ("not of the wheel", added))
+        said = "; ".join(f"{text}: {_some(names)}" for text, names in parts if names)
         return Finding(what, False, said, "this machine", REINSTALL)
     said = f"{several(len(listed), 'file')} of {ours.version} are those of the wheel"
     return Finding(what, True, said, "this machine", figures={"files": len(listed)})

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from client.preflight.base import MIB, Case, Finding, duration, size
+from client.preflight.base import MIB, Case, Finding, Measure, Owner, duration, size
 from client.preflight.network import clock_finding
 from shared_models.errors import ConsiliaError, SignatureError
+
+if TYPE_CHECKING:
+    from client.control import Probe
 
 FIRST_BYTES = MIB // 4
 MOST_BYTES = 256 * MIB
@@ -33,10 +36,10 @@ def control_plane(case: Case) -> Iterator[Finding]:
     try:
         first = measure(FIRST_BYTES, FIRST_BYTES)
     except ConsiliaError as error:
-        owner = "server" if isinstance(error, SignatureError) else "network"
+        owner: Owner = "server" if isinstance(error, SignatureError) else "network"
         said, _, cure = str(error).partition("; ")
         cure = cure or "see what was found of name, port and TLS; the same holds for link.control"
-        yield Finding(what, False, said, owner, cure)  # type: ignore[arg-type]
+        yield Finding(what, False, said, owner, cure)
         return
     said = f"answers; a round trip takes {duration(first.round_trip_s)}"
     figures = {"round_trip_s": round(first.round_trip_s, 4)}
@@ -98,7 +101,7 @@ def time_per_round(case: Case) -> Iterator[Finding]:
     )
 
 
-def _bandwidth(case: Case, measure: Any, line: Line) -> Finding:
+def _bandwidth(case: Case, measure: Measure, line: Line) -> Finding:
     """Measure again with as much as the model has, or as can be sent in some seconds."""
     if case.depth != "quick":
         most = MOST_BYTES if case.dry is None else min(case.dry.update_bytes, MOST_BYTES)
@@ -116,7 +119,7 @@ def _bandwidth(case: Case, measure: Any, line: Line) -> Finding:
     return Finding("bandwidth", True, said, "network", figures=figures)
 
 
-def _line(found: Any, up_bytes: int, down_bytes: int) -> Line:
+def _line(found: Probe, up_bytes: int, down_bytes: int) -> Line:
     return Line(
         up_bytes / max(found.seconds_up, 1e-6),
         down_bytes / max(found.seconds_down, 1e-6),
@@ -124,8 +127,8 @@ def _line(found: Any, up_bytes: int, down_bytes: int) -> Line:
     )
 
 
-def _measured_by(case: Case) -> Any:
-    def measure(up_bytes: int, down_bytes: int) -> Any:
+def _measured_by(case: Case) -> Measure:
+    def measure(up_bytes: int, down_bytes: int) -> Probe:
         from client import control
 
         with control.connect(case.config) as link:

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -36,7 +37,8 @@ def state_folder(case: Case) -> Iterator[Finding]:
         yield Finding(what, False, said, "this machine", cure)
         return
     finally:
-        probe.unlink(missing_ok=True)
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
     if not is_kept:
         said, cure = "what was written is not what is read", "move state_dir to a local disk"
         yield Finding(what, False, said, "this machine", cure)
@@ -102,16 +104,12 @@ def memory(case: Case) -> Iterator[Finding]:
 def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Return the memory that can be had: the machine's, or less where a container is limited."""
     found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    try:
+    with suppress(OSError, ValueError):
         lines = (proc / "meminfo").read_text().splitlines()
         found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-    except (OSError, ValueError):
-        pass
-    try:
+    with suppress(OSError, ValueError):  # no such limit, or "max"
         limit, used = (int((cgroup / f"memory.{n}").read_text()) for n in ("max", "current"))
         found.append(max(limit - used, 0))
-    except (OSError, ValueError):  # no such limit, or "max"
-        pass
     return min(found)
 
 

@@ -251,7 +251,7 @@ def _is_exempt(host: Host, entry: str) -> bool:
         return bool(entry)
     name, _, port = entry.rpartition(":")
     if port.isdigit() and name and not Host(entry, 0).is_address:
-        if int(port) != host.port:
+        if int(port) != host.port or host.port == 443:  # of its own port httpx keeps nothing
             return False
         entry = name
     if not entry or host.is_address or Host(entry, 0).is_address:
