@@ -352,3 +352,7 @@ def main() -> None:
     from shared_models.terminal import run_app
 
     run_app(app)
+
+
+if __name__ == "__main__":
+    main()

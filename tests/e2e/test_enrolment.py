@@ -226,7 +226,7 @@ def test_the_whole_way_by_commands(tmp_path: Path) -> None:
     )
     asking = ("join", invite, "--folder", north, "--manifest", "m.csv", "--root", tmp_path)
     with process("server.cli", "serve", office) as serving:
-        line(serving, "^control on port")
+        line(serving, "^the SuperLink: up")
         with process("client.cli", *asking, "--wait", "2") as joining:
             said = line(joining, r"^    \w{5}(-\w{5}){4}$").strip()
             until = time.monotonic() + 30
