@@ -105,7 +105,9 @@ def clip_factors(norms: Tensor, *, max_grad_norm: float, clipping: Clipping = "f
         factors = below * max_grad_norm / (norms + STABILITY)
     else:
         factors = (below * max_grad_norm / norms.clamp(min=1e-12)).clamp(max=1.0)
-    return torch.where(norms.isfinite(), factors, torch.zeros_like(factors))
+    # a factor below the smallest normal number has lost digits, and might be rounded up
+    is_exact = norms.isfinite() & (factors >= torch.finfo(factors.dtype).tiny)
+    return torch.where(is_exact, factors, torch.zeros_like(factors))
 
 
 @contextmanager
