@@ -188,10 +188,11 @@ def test_1_an_office_is_made_and_hospitals_are_let_in_by_words(stage: Stage) -> 
             text=True,
         )
 
-        def asked(name: str = name) -> str | None:
+        def asked(name: str = name, joining: Any = joining) -> str | None:
             table = stage.coordinator("sites", "--office", stage.office, "--json")
             rows = {row["site"]: row for row in json.loads(table)["sites"]}
             words: str | None = rows[name]["words"]
+            assert words or joining.poll() is None, joining.communicate()[0]
             return words
 
         stage.until(asked, f"{name} asks")
@@ -273,7 +274,7 @@ def test_5_an_auditor_finds_both_sides_in_order(stage: Stage) -> None:
     assert "south approved this plan" in found  # revoked since, and yet it had
     assert "west approved" not in found
     for name in SITES:
-        found = stage.do("shared_models.audit", "verify", stage.folder / name / "state")
+        found = stage.do("shared_models.audit", "verify", stage.folder / name)
         assert "FAILS" not in found
 
 
