@@ -19,7 +19,6 @@ Guarantees:
 
 from __future__ import annotations
 
-import fcntl
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,7 +44,7 @@ from shared_models.contracts import (
     SiteReply,
 )
 from shared_models.errors import DocumentError
-from shared_models.files import append_line, read_tail, replace
+from shared_models.files import append_line, in_turn, read_tail, replace
 from shared_models.journal import FILE, NOTHING, ledger_faults, parse, parse_line
 from shared_models.privacy import Ledger
 from shared_models.signing import canonical, digest, is_signed_by, public_key, sign
@@ -225,8 +224,7 @@ def _newest(charges: Ledger) -> set[str]:
 def _locked(book: Book) -> Iterator[None]:
     """Keep every other process away from the journal; open it, or put its last line right."""
     book.state_dir.mkdir(parents=True, exist_ok=True)
-    with (book.state_dir / f"{FILE}.lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with in_turn(book.state_dir / f"{FILE}.lock"):
         if book.file.exists():
             _repair(book)
         else:

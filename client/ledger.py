@@ -27,7 +27,6 @@ Guarantees:
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 from collections.abc import Iterator
@@ -38,7 +37,7 @@ from typing import NamedTuple
 
 from shared_models.contracts import Commit, PrivacyEvent, Reservation
 from shared_models.errors import LedgerError
-from shared_models.files import append_line, replace
+from shared_models.files import append_line, in_turn, replace
 from shared_models.privacy import Ledger, parse_ledger, spent
 
 FILE = "ledger.jsonl"
@@ -138,8 +137,7 @@ def repair(state_dir: Path) -> None:
 def _locked(state_dir: Path) -> Iterator[None]:
     """Keep every other process away from the ledger, and from a last line without its end."""
     state_dir.mkdir(parents=True, exist_ok=True)
-    with (state_dir / f"{FILE}.lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with in_turn(state_dir / f"{FILE}.lock"):
         _repair(state_dir / FILE)
         yield
 

@@ -7,17 +7,14 @@ Guarantees:
 
 from __future__ import annotations
 
-import fcntl
-import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shared_models.errors import MachineError
+from shared_models.files import is_locked, locked
 
 LOCK = "agent.lock"
-WAIT_S = 2.0
+WAIT_S = 2.0  # whoever looks at the status holds it for a moment
 
 
 @contextmanager
@@ -28,30 +25,14 @@ def running(state_dir: Path) -> Iterator[None]:
         MachineError: if another agent holds it.
     """
     state_dir.mkdir(parents=True, exist_ok=True)
-    with (state_dir / LOCK).open("a") as handle:
-        until = time.monotonic() + WAIT_S  # whoever looks at the status holds it for a moment
-        while not _locks(handle.fileno(), fcntl.LOCK_EX):
-            if time.monotonic() > until:
-                raise MachineError("another agent of this site is running; stop that one first")
-            time.sleep(0.05)
+    refusal = "another agent of this site is running; stop that one first"
+    with locked(state_dir / LOCK, refusal=refusal, patience_s=WAIT_S):
         yield
 
 
 def is_running(state_dir: Path) -> bool:
     """Tell whether an agent holds this site's place."""
     try:
-        descriptor = os.open(state_dir / LOCK, os.O_RDONLY)
+        return is_locked(state_dir / LOCK)
     except OSError:
         return False
-    try:
-        return not _locks(descriptor, fcntl.LOCK_SH)
-    finally:
-        os.close(descriptor)
-
-
-def _locks(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

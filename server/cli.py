@@ -30,6 +30,15 @@ app = typer.Typer(
 PlanFile = Annotated[Path, typer.Argument(help="The study plan (TOML).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 OfficeDir = Annotated[Path, typer.Option("--office", help="The coordinator's office.")]
+Validation = Annotated[
+    Path | None, typer.Option(help="The coordinator's held-out set: a manifest (CSV).")
+]
+ValidationRoot = Annotated[
+    Path | None, typer.Option(help="What the manifest's paths are relative to.")
+]
+StartFile = Annotated[
+    Path | None, typer.Option(help="The warm start the plan states (safetensors).")
+]
 Out = Annotated[Path | None, typer.Option(help="Results go here; must be new or empty.")]
 
 
@@ -255,15 +264,9 @@ def simulate(
     sites: Annotated[
         list[Path] | None, typer.Option(help="Folders with a site.toml each: --sites A B C.")
     ] = None,
-    validation: Annotated[
-        Path | None, typer.Option(help="The coordinator's held-out set: a manifest (CSV).")
-    ] = None,
-    validation_root: Annotated[
-        Path | None, typer.Option(help="What the manifest's paths are relative to.")
-    ] = None,
-    start: Annotated[
-        Path | None, typer.Option(help="The warm start the plan states (safetensors).")
-    ] = None,
+    validation: Validation = None,
+    validation_root: ValidationRoot = None,
+    start: StartFile = None,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
@@ -356,15 +359,9 @@ def sign(
 def propose(
     plan: PlanFile,
     office: OfficeDir = Path(),
-    validation: Annotated[
-        Path | None, typer.Option(help="The coordinator's held-out set: a manifest (CSV).")
-    ] = None,
-    validation_root: Annotated[
-        Path | None, typer.Option(help="What the manifest's paths are relative to.")
-    ] = None,
-    start: Annotated[
-        Path | None, typer.Option(help="The warm start the plan states (safetensors).")
-    ] = None,
+    validation: Validation = None,
+    validation_root: ValidationRoot = None,
+    start: StartFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Sign a plan and offer it to the hospitals it names; each decides for itself."""

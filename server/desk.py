@@ -22,7 +22,6 @@ site's checkpoints from here finds it.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,12 +53,13 @@ from shared_models.contracts import (
     StudyState,
     Visit,
 )
-from shared_models.errors import ConsiliaError, DocumentError, SignatureError
-from shared_models.files import append_line, replace
+from shared_models.errors import ConsiliaError, SignatureError
+from shared_models.files import append_line, in_turn, replace
 from shared_models.plan import SignedPlan, StudyPlan
 from shared_models.signing import digest, is_signed_by, public_key, sign
 
 SHORT = 12
+RESTORE = "restore it from a copy"
 MOST_OFFERS = 1000  # a bulletin has room for no more
 OPEN: tuple[StudyState, ...] = ("running", "offered")
 
@@ -185,7 +185,7 @@ def _site_state(folder: Path, site: str, known: Sequence[Study]) -> SiteState:
         site,
         _read(folder / "visits" / f"{site}.json", Seen),
         {study: found for study, found in decided.items() if found is not None},
-        len(_read_lines(_forks(folder, site), SignedCheckpoint)),
+        len(store.read_lines(_forks(folder, site), SignedCheckpoint, cure=RESTORE)),
     )
 
 
@@ -270,7 +270,7 @@ def _receipt(desk: Desk, signed: SignedCheckpoint, site: str) -> SignedReceipt |
         log.warning("%s: a checkpoint is not signed by the site's enrolled key", site)
         return None
     file = desk.folder / "checkpoints" / f"{site}.jsonl"
-    held = [one.checkpoint for one in _read_lines(file, SignedCheckpoint)]
+    held = [one.checkpoint for one in store.read_lines(file, SignedCheckpoint, cure=RESTORE)]
     if point not in held:
         if _is_late(point, held):
             return None
@@ -299,7 +299,7 @@ def _is_fork(point: Checkpoint, held: Sequence[Checkpoint]) -> bool:
 
 def _append_once(file: Path, signed: SignedCheckpoint) -> None:
     file.parent.mkdir(exist_ok=True)
-    if signed not in _read_lines(file, SignedCheckpoint):
+    if signed not in store.read_lines(file, SignedCheckpoint, cure=RESTORE):
         append_line(file, signed.model_dump_json())
 
 
@@ -325,20 +325,9 @@ def _read(file: Path, contract: type[AnyContract]) -> AnyContract | None:
         return None
 
 
-def _read_lines(file: Path, contract: type[AnyContract]) -> list[AnyContract]:
-    if not file.exists():
-        return []
-    whole, _, _ = file.read_bytes().rpartition(b"\n")
-    try:
-        return [contract.model_validate_json(line) for line in whole.splitlines()]
-    except ValidationError as error:
-        raise DocumentError(f"cannot read {file}; restore it from a copy") from error
-
-
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keep every other visit and proposal away meanwhile."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "desk.lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with in_turn(folder / "desk.lock"):
         yield

@@ -12,7 +12,6 @@ from the end to whoever kept a later ``head``.
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -39,7 +38,7 @@ from shared_models.contracts import (
     SiteName,
 )
 from shared_models.errors import DocumentError
-from shared_models.files import append_line
+from shared_models.files import append_line, in_turn
 from shared_models.signing import canonical, digest, is_signed_by, public_key, sign
 
 FILE = "register.jsonl"
@@ -156,8 +155,7 @@ def writing(folder: Path, key: Ed25519PrivateKey) -> Iterator[Book]:
         DocumentError: if it is broken.
         OSError: if it cannot be written.
     """
-    with (folder / f"{FILE}.lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with in_turn(folder / f"{FILE}.lock"):
         book = Book(folder / FILE, key, read(folder, key=public_key(key)))
         if not book.lines:
             book.add("opened", key=public_key(key))

@@ -173,7 +173,7 @@ def read_rounds(run_dir: Path) -> list[RoundRecord]:
     Raises:
         DocumentError: if a whole line is no record.
     """
-    return _read_lines(run_dir / ROUNDS, RoundRecord)
+    return read_lines(run_dir / ROUNDS, RoundRecord)
 
 
 def commit_round(run_dir: Path, record: RoundRecord, progress: Progress) -> None:
@@ -238,7 +238,7 @@ def attempts(run_dir: Path) -> Attempts:
     """Return what counts a masked round's attempts, each on disk before it is given."""
 
     def unused(round_: int) -> Iterator[int]:
-        used = [a.attempt for a in _read_lines(run_dir / ATTEMPTS, Attempt) if a.round_ == round_]
+        used = [a.attempt for a in read_lines(run_dir / ATTEMPTS, Attempt) if a.round_ == round_]
         for attempt in count(max(used, default=-1) + 1):
             line = Attempt(round_=round_, attempt=attempt).model_dump_json()
             append_line(run_dir / ATTEMPTS, line)
@@ -264,15 +264,21 @@ def _progress(arrays: dict[str, Any]) -> Progress:
     return Progress(int(num_rounds), **parts)
 
 
-def _read_lines(file: Path, contract: type[AnyContract]) -> list[AnyContract]:
-    """Read whole lines; what stands after the last line end was never told to anybody."""
+def read_lines(
+    file: Path, contract: type[AnyContract], *, cure: str = RESTORE.format(what="it")
+) -> list[AnyContract]:
+    """Read whole lines; what stands after the last line end was never told to anybody.
+
+    Raises:
+        DocumentError: if a whole line is none of ``contract``, with the ``cure``.
+    """
     if not file.exists():
         return []
     whole, _, _ = file.read_bytes().rpartition(b"\n")
     try:
         return [contract.model_validate_json(line) for line in whole.splitlines()]
     except ValidationError as error:
-        raise DocumentError(f"cannot read {file}; {RESTORE.format(what='it')}") from error
+        raise DocumentError(f"cannot read {file}; {cure}") from error
 
 
 def _approval(

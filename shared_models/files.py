@@ -141,17 +141,29 @@ def locked(file: Path, *, refusal: str, patience_s: float = 0.0) -> Iterator[Non
 
 
 def is_locked(file: Path) -> bool:
-    """Return whether a process holds ``file``; to find out, it is held for an instant."""
+    """Return whether a process holds ``file``; whoever else only looks is not taken for one."""
     try:
         with file.open("rb") as handle:
-            return not _is_taken(handle)
+            return not _is_taken(handle, fcntl.LOCK_SH)
     except FileNotFoundError:
         return False
 
 
-def _is_taken(handle: BinaryIO) -> bool:
+@contextmanager
+def in_turn(file: Path) -> Iterator[None]:
+    """Hold ``file``, which is made if there is none, once nobody else who asks for it does.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    with file.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _is_taken(handle: BinaryIO, kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -223,14 +223,15 @@ def _seen(row: Row, case: Case) -> Seen:
     from shared_models.volume import read_volume
 
     root, plan = case.config.data.root, case.plan
-    original = read_volume(root / row.image)
     if plan is None:
+        original = read_volume(root / row.image)
         spacing = original.spacing_mm
         return Seen(1, original.data.shape, spacing, spacing, frozenset())
     prepare = pipeline(cohort.steps_of(plan), plugins=case.config.policy.plugins)
     task, classes = _task(case, plan), frozenset[int]()
     label_file = root / row.label if task.label_kind == "map" else None
-    made, label = prepare(*cohort.read_pair(root / row.image, label_file))
+    original, label = cohort.read_pair(root / row.image, label_file)
+    made, label = prepare(original, label)
     if label is not None:
         try:
             encoded = task.encode_map(label.data)
