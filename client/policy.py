@@ -24,7 +24,7 @@ from zoneinfo import ZoneInfo
 
 from client import ledger, peers
 from client.config import PolicySettings, SiteConfig
-from shared_models.catalogue import objections
+from shared_models.allowlists import objections
 from shared_models.plan import StudyPlan, fewest_honest, planned_events
 from shared_models.privacy import epsilon, events_of
 from shared_models.signing import digest
@@ -215,7 +215,7 @@ def update_bytes(plan: StudyPlan, *, plugins: tuple[str, ...] = ()) -> int:
     """Return the bytes of an update of the plan's net, which is made for that.
 
     Raises:
-        Exception: whatever keeps task or net from being made; see ``catalogue.objections``.
+        Exception: whatever keeps task or net from being made; see ``allowlists.objections``.
     """
     from shared_models import nets, tasks
     from shared_models.nets.base import weights_of

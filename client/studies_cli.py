@@ -79,7 +79,7 @@ def judge(study: Study, config: ConfigFile = Path("site.toml"), as_json: AsJson 
     from client import config as configs
     from client import policy
     from client import studies as known
-    from shared_models.catalogue import objections_to_file
+    from shared_models.allowlists import objections_to_file
 
     site = configs.read(config)
     if Path(study).is_file() or "/" in study or study.endswith(".toml"):

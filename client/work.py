@@ -132,11 +132,11 @@ def warm_up() -> None:
     from monai.networks.nets import densenet, unet  # noqa: F401
 
     from client import train  # noqa: F401
-    from shared_models import catalogue, cohort, evaluation  # noqa: F401
+    from shared_models import allowlists, cohort, evaluation  # noqa: F401
 
 
 def _judged(job: Job) -> Outcome:
-    from shared_models.catalogue import objections
+    from shared_models.allowlists import objections
     from shared_models.nets.base import weights_of
     from shared_models.weights import schema_of
 

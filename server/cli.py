@@ -295,7 +295,7 @@ def simulate(
 @app.command()
 def check(plan: PlanFile, as_json: AsJson = False) -> None:
     """Say everything that is wrong with a plan. Exit 0: nothing; 1: something."""
-    from shared_models.catalogue import objections_to_file
+    from shared_models.allowlists import objections_to_file
 
     _, found = objections_to_file(plan, today=_today())
     if as_json:
@@ -339,7 +339,7 @@ def sign(
     """Sign a plan in place, once nothing is wrong with it; any later change breaks it."""
     from shared_models import plan as plans
     from shared_models import signing
-    from shared_models.catalogue import objections
+    from shared_models.allowlists import objections
     from shared_models.files import replace
 
     private = signing.load_key(key)

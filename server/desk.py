@@ -37,7 +37,7 @@ from server import report, store
 from server.start import FILE as START
 from server.store import RunSettings, SiteKeys
 from shared_models import plan as plans
-from shared_models.catalogue import objections
+from shared_models.allowlists import objections
 from shared_models.contracts import (
     Bulletin,
     Checkpoint,

@@ -28,7 +28,7 @@ from server.rounds import Ask, Circle, Consortium
 from server.start import initial_weights
 from server.validate import Validator, final_report, open_validator, validate
 from shared_models import tasks
-from shared_models.catalogue import STRATEGIES, objections
+from shared_models.allowlists import STRATEGIES, objections
 from shared_models.contracts import (
     OrderKind,
     RoundPoint,

@@ -192,7 +192,7 @@ def fewest_honest(plan: StudyPlan) -> int:
 def own_objections(plan: StudyPlan, *, today: date) -> Iterator[str]:
     """Yield what is wrong with a plan taken by itself, each as a sentence with its cure.
 
-    Names of nets, tasks, steps and strategies are checked by ``catalogue.objections``.
+    Names of nets, tasks, steps and strategies are checked by ``allowlists.objections``.
     """
     if plan.expires < today:
         yield f"expires: the plan expired on {plan.expires}; propose a new one"

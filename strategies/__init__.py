@@ -1,6 +1,6 @@
 """How many updates become one model: numpy only, no Flower, no torch.
 
-``shared_models.catalogue.STRATEGIES`` names them. See ``base.py`` for what a strategy is.
+``shared_models.allowlists.STRATEGIES`` names them. See ``base.py`` for what a strategy is.
 """
 
 from strategies.base import Strategy, Update

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from server.hospitals import DataSet
 from server.recipes import MOST_DELTA, check_task, delta_for, kind_of, plan_for
-from shared_models.catalogue import objections
+from shared_models.allowlists import objections
 from shared_models.errors import ConsiliaError
 from shared_models.plan import StudyPlan, parse, planned_events, render
 from shared_models.privacy import epsilon

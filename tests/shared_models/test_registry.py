@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shared_models import imaging, nets, tasks
-from shared_models.catalogue import STRATEGIES
+from shared_models.allowlists import STRATEGIES
 from shared_models.registry import find, known, objections_to_params
 
 OURS = {"join": "posixpath:join"}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from shared_models.catalogue import STRATEGIES, STRATEGY_PARAMS, objections, objections_to_file
+from shared_models.allowlists import STRATEGIES, STRATEGY_PARAMS, objections, objections_to_file
 from shared_models.errors import DocumentError
 from shared_models.plan import StudyPlan, render
 from shared_models.registry import find
