@@ -152,8 +152,8 @@ def _read(job: Job) -> Ready:
 
     from client.probe import mixes_images
     from shared_models import cohort
-    from shared_models.evaluation import seen
     from shared_models.nets.base import weights_of
+    from shared_models.randomness import seeded
     from shared_models.weights import schema_of
 
     task = _task(job)
@@ -167,7 +167,10 @@ def _read(job: Job) -> Ready:
     )
     train, test = patients["train"], patients["test"]
     net = _net(job, task)
-    first = [seen(patient, 0, task=task).images[:1] for patient in train[:2]]
+    views = [
+        task.view(p.images[0], p.targets[0], seeded("probe", n), True)
+        for n, p in enumerate(train[:2])
+    ]
     is_private = job.plan.privacy is not None
     return Ready(
         task,
@@ -177,7 +180,9 @@ def _read(job: Job) -> Ready:
             num_patients=len(train),
             num_test_patients=len(test),
             num_test_images=sum(len(patient.images) for patient in test),
-            is_mixed=is_private and len(first) > 1 and mixes_images(net, torch.cat(first)),
+            is_mixed=is_private
+            and len(views) > 1
+            and mixes_images(net, torch.stack([view[0] for view in views])),
         ),
     )
 

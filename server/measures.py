@@ -40,6 +40,27 @@ MEASURES: dict[str, Measure] = {
     "specificity": Measure(
         "Specificity", "", "higher", "Of the cases without the finding, the share it clears."
     ),
+    "coverage": Measure(
+        "Coverage", "", "higher", "The share of real pictures that have a made one near by."
+    ),
+    "frechet": Measure(
+        "Fr\u00e9chet distance",
+        "",
+        "lower",
+        "How far the made pictures as a whole lie from the real ones; less is better.",
+    ),
+    "auc_synthetic": Measure(
+        "AUC from made pictures",
+        "",
+        "higher",
+        "How well a classifier trained on made pictures alone ranks real patients.",
+    ),
+    "found": Measure(
+        "Found", "", "higher", "The share of images in which it ends near enough to the landmark."
+    ),
+    "distance_mm": Measure(
+        "Distance", "mm", "lower", "How far from the landmark it ends; less is better."
+    ),
     "dice": Measure(
         "Dice",
         "",

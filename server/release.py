@@ -18,6 +18,7 @@ from shared_models.signing import digest
 from shared_models.weights import Weights, schema_of, size_of
 
 WEIGHTS = "weights.safetensors"
+WITHHELD = "withheld.safetensors"
 INTENDED_USE = "Research and demonstration. Not a medical device; not for diagnosis."
 
 
@@ -28,16 +29,27 @@ def release(
     *,
     validation: ValidationReport,
     sites: Sequence[SiteResult],
+    parts: tuple[str, ...] = (),
 ) -> ReleaseManifest:
-    """Write the model of a finished study to ``folder``, which must not exist."""
+    """Write the model of a finished study to ``folder``, which must not exist.
+
+    Where the task releases ``parts`` only (how their names begin), the others are kept beside the
+    folder, so that the auditor can still check the whole.
+    """
+    released = {n: value for n, value in weights.items() if not parts or n.startswith(parts)}
+    withheld = {n: value for n, value in weights.items() if n not in released}
+    if withheld:
+        weights_of.save(folder.parent / WITHHELD, withheld)
     manifest = ReleaseManifest(
         study=digest(plan),
         round_=plan.training.num_rounds,
         net=plan.net.name,
         task=plan.task.name,
         weights_digest=validation.weights_digest,
+        released_digest=weights_of.digest(weights_of.flatten(released)) if parts else None,
+        parts=parts,
         weights_file=WEIGHTS,
-        num_parameters=size_of(schema_of(weights)),
+        num_parameters=size_of(schema_of(released)),
         strategy=plan.strategy.name,
         validation=Evaluation(
             metrics=validation.metrics,
@@ -51,7 +63,7 @@ def release(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    weights_of.save(partial / WEIGHTS, weights)
+    weights_of.save(partial / WEIGHTS, released)
     replace(partial / "manifest.json", manifest.model_dump_json(indent=2).encode())
     partial.replace(folder)
     return manifest

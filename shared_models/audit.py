@@ -313,6 +313,10 @@ def _is_plans(privacy: PrivacyStatement, plan: StudyPlan) -> bool:
     )
 
 
+#: Where the coordinator keeps what a task does not release.
+WITHHELD = "withheld.safetensors"
+
+
 def _model_findings(
     run_dir: Path, records: list[RoundRecord], report: StudyReport
 ) -> Iterator[Finding]:
@@ -325,10 +329,16 @@ def _model_findings(
     stated = {site.name: site.privacy for site in report.sites if site.privacy is not None}
     yield "the manifest states the report's privacy", manifest.privacy == stated
     try:
-        released = weights_digest(flatten(load(run_dir / "model" / manifest.weights_file)))
+        released = load(run_dir / "model" / manifest.weights_file)
+        rest = load(run_dir / WITHHELD) if manifest.parts else {}
     except (OSError, ValueError):
-        released = ""
-    yield "the released weights are the reported model", released == report.model_digest
+        released, rest = {}, {}
+    whole = weights_digest(flatten(released | rest))
+    yield "the released weights are the reported model", whole == report.model_digest
+    if manifest.parts:
+        is_stated = weights_digest(flatten(released)) == manifest.released_digest
+        is_part = all(name.startswith(manifest.parts) for name in released)
+        yield "only the parts that the task releases are released", is_stated and is_part
     curves = [(p.round_, p.seconds, p.received_bytes) for p in report.rounds]
     told = [(r.round_, r.seconds, r.received_bytes) for r in trained]
     yield "the report's rounds are those of rounds.jsonl", curves == told

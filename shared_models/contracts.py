@@ -674,7 +674,12 @@ class StudyReport(Contract):
 
 
 class ReleaseManifest(Contract):
-    """What stands beside released weights: which study made them and how they were validated."""
+    """What stands beside released weights: which study made them and how they were validated.
+
+    ``weights_digest`` is that of all weights of the model. Where ``parts`` says how the names of
+    the released ones begin, the others stay with the coordinator, and ``released_digest`` is that
+    of what is released.
+    """
 
     schema_version: Literal[1] = 1
     study: Digest
@@ -682,6 +687,8 @@ class ReleaseManifest(Contract):
     net: str
     task: str
     weights_digest: Digest
+    released_digest: Digest | None = None
+    parts: tuple[str, ...] = ()
     weights_file: str
     num_parameters: Count
     strategy: str

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 BUILTIN = {
     "densenet": "shared_models.nets.densenet:make",
+    "gan": "shared_models.nets.gan:make",
     "unet": "shared_models.nets.unet:make",
+    "walker": "shared_models.nets.walker:make",
 }
 
 

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from typer.testing import CliRunner
 
 from shared_models import weights as weights_of
-from shared_models.audit import app, audit_run
+from shared_models.audit import WITHHELD, app, audit_run
 from shared_models.contracts import (
     Approval,
     Contract,
@@ -308,6 +308,30 @@ def test_other_weights_are_found(run_dir: Path) -> None:
     other = {"a": np.array([1.0, 2.0000002], np.float32)}
     weights_of.save(run_dir / "model" / "weights.safetensors", other)
     assert failed(run_dir) == "the released weights are the reported model"
+
+
+def in_parts(run_dir: Path) -> None:
+    """Release only ``a`` of the model, and keep ``b`` beside the folder."""
+    whole = weights_of.load(run_dir / "model" / "weights.safetensors")
+    kept = {name: value for name, value in whole.items() if name.startswith("a")}
+    weights_of.save(run_dir / "model" / "weights.safetensors", kept)
+    weights_of.save(run_dir / WITHHELD, {n: v for n, v in whole.items() if n not in kept})
+    stated = {"parts": ["a"], "released_digest": weights_of.digest(weights_of.flatten(kept))}
+    edit(run_dir / "model" / "manifest.json", lambda m: m.update(stated))
+
+
+def test_a_model_released_in_part_is_checked_with_what_is_withheld(run_dir: Path) -> None:
+    in_parts(run_dir)
+    assert failed(run_dir) == ""
+    (run_dir / WITHHELD).unlink()
+    weights_of.save(run_dir / WITHHELD, {"b": np.zeros(3, np.float32)})
+    assert failed(run_dir) == "the released weights are the reported model"
+
+
+def test_more_than_the_parts_that_are_released_is_found(run_dir: Path) -> None:
+    in_parts(run_dir)
+    edit(run_dir / "model" / "manifest.json", lambda m: m.update({"parts": ["other"]}))
+    assert failed(run_dir) == "only the parts that the task releases are released"
 
 
 def test_a_round_left_out_of_the_record_is_found(run_dir: Path) -> None:

@@ -1,0 +1,147 @@
+"""Each task's own way of training, in the one loop that all share, on made-up patients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from client.train import Performance, train
+from shared_models import nets
+from shared_models.cohort import Patient
+from shared_models.evaluation import evaluate, evaluate_baselines
+from shared_models.randomness import seeded
+from shared_models.tasks import generation, localization
+
+# --- localization
+
+SHAPE = (12, 14, 16)
+LOCALIZATION = localization.make(
+    classes=("spot", "rest"), size=5, stride=2, shift=3, num_moves=20, tolerance_mm=3
+)
+
+
+def marked(place: tuple[int, int, int], *, number: int = 1) -> tuple[Tensor, Tensor]:
+    """Return an image that grows brighter towards ``place``, and its label map."""
+    axes = torch.meshgrid(*(torch.arange(float(n)) for n in SHAPE), indexing="ij")
+    distance = torch.stack([a - p for a, p in zip(axes, place, strict=True)]).norm(dim=0)
+    target = torch.zeros(SHAPE, dtype=torch.long)
+    target[place] = number
+    return (-distance / 4)[None], target
+
+
+def spots(count: int) -> list[Patient]:
+    made = []
+    for n in range(count):
+        image, target = marked((5 + n % 3, 6 + n % 2, 8 - n % 3))
+        made.append(Patient(image[None], target[None], ((1.0, 1.0, 1.0),)))
+    return made
+
+
+def test_an_agent_learns_to_find_it_and_beats_the_mean_position(plan_of) -> None:
+    plan = plan_of(
+        {
+            "privacy": None,
+            "training.num_rounds": 1,
+            "training.steps_per_round": 120,
+            "training.sample_rate": 1.0,
+            "training.views": 16,
+            "training.optimizer": "adamw",
+            "training.learning_rate": 0.003,
+        }
+    )
+    params = {"spatial_dims": 3, "channels": [8], "hidden": 32}
+    net = nets.make("walker", params, seed=0, num_outputs=6)
+    train(
+        net,
+        spots(4),
+        plan=plan,
+        task=LOCALIZATION,
+        rounds=[0],
+        randomness=seeded(0),
+        performance=Performance(most_images=256),
+    )
+    found = evaluate(net, spots(12), task=LOCALIZATION).metrics
+    guessed = evaluate_baselines(spots(12), task=LOCALIZATION)["mean position"].metrics
+    assert found["found"] > 0.7 > guessed["found"]
+    assert found["distance_mm"] < 3 < guessed["distance_mm"]
+
+
+# --- generation
+
+GENERATION = generation.make(classes=("dark", "bright"), num_generated=16)
+PARAMS = {"size": 16, "channels": 8, "latent": 8}
+
+
+def pair() -> nn.Module:
+    return nets.make("gan", PARAMS, seed=0, num_outputs=2)
+
+
+def patients(count: int, *, seed: int = 0) -> list[Patient]:
+    """Return pictures with a light half: the upper one, or the lower one in the second class."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for n in range(count):
+        image = 0.2 + 0.1 * torch.rand((1, 1, 16, 16), generator=generator)
+        image[..., 8 * (n % 2) : 8 * (n % 2) + 8, :] += 0.6
+        made.append(Patient(image, torch.tensor([n % 2]), ((1.0, 1.0),)))
+    return made
+
+
+@pytest.mark.parametrize("is_private", [False, True])
+def test_the_generator_is_trained_without_seeing_a_patient(is_private: bool, plan_of) -> None:
+    """Its gradient is the free loss's alone; with patients or without, it is the same."""
+    plan = plan_of(
+        {"training.steps_per_round": 1, "training.optimizer": "sgd", "training.sample_rate": 1.0}
+        | ({} if is_private else {"privacy": None})
+    )
+    after = []
+    for shown in (patients(8), patients(8, seed=1)):
+        net = pair()
+        train(
+            net,
+            shown,
+            plan=plan,
+            task=GENERATION,
+            rounds=[0],
+            randomness=seeded(1),
+            performance=Performance(),
+            noise_multiplier=1.0 if is_private else 0.0,
+        )
+        after.append({n: p.detach().clone() for n, p in net.named_parameters()})
+    before = dict(pair().named_parameters())
+    for name, value in after[0].items():
+        if name.startswith("generator."):
+            assert torch.equal(value, after[1][name])
+    assert not torch.equal(after[0]["generator.0.weight"], before["generator.0.weight"]), (
+        "the generator did not move"
+    )
+    moved = after[0]["discriminator.0.weight"] - after[1]["discriminator.0.weight"]
+    assert float(moved.abs().max()) > 0
+
+
+def test_pictures_of_each_class_are_learned(plan_of) -> None:
+    plan = plan_of(
+        {
+            "privacy": None,
+            "training.num_rounds": 1,
+            "training.steps_per_round": 150,
+            "training.sample_rate": 1.0,
+            "training.optimizer": "adamw",
+            "training.learning_rate": 0.003,
+        }
+    )
+    net, test = pair(), patients(40, seed=2)
+    before = evaluate(net, test, task=GENERATION).metrics
+    train(
+        net,
+        patients(24),
+        plan=plan,
+        task=GENERATION,
+        rounds=[0],
+        randomness=seeded(0),
+        performance=Performance(),
+    )
+    after = evaluate(net, test, task=GENERATION).metrics
+    assert after["frechet"] < 0.8 * before["frechet"]
+    assert after["auc_synthetic"] > 0.9
