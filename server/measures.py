@@ -40,6 +40,18 @@ MEASURES: dict[str, Measure] = {
     "specificity": Measure(
         "Specificity", "", "higher", "Of the cases without the finding, the share it clears."
     ),
+    "adjusted_rand": Measure(
+        "Adjusted Rand index",
+        "",
+        "higher",
+        "How well clusters and diagnoses agree: 0 is chance, 1 is exactly.",
+    ),
+    "silhouette": Measure(
+        "Silhouette",
+        "",
+        "higher",
+        "How much nearer pictures lie to their own cluster than to the next: from -1 to 1.",
+    ),
     "coverage": Measure(
         "Coverage", "", "higher", "The share of real pictures that have a made one near by."
     ),

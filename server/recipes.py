@@ -2,8 +2,8 @@
 
 A recipe is an unfinished plan. Sites, classes, seed, dates and the noise that meets the epsilon
 asked for are filled in here; ``labels`` says what labels its images need. Under privacy,
-``[private.*]`` tables replace those of their names. ``[private.start]`` says how to train a warm
-start, which is then up to ``server.start``.
+``[private.*]`` tables replace those of their names. ``[start]`` says how to train a warm start,
+which is then up to ``server.start``.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def plan_for(
         recipe["training"] |= _slower(recipe["training"], epsilon)
     if num_rounds is not None:
         recipe["training"]["num_rounds"] = num_rounds
-    recipe.pop("labels", None)
+    recipe = {
+        table: content for table, content in recipe.items() if table not in ("labels", "start")
+    }
     if data.classes:
         params = {"classes": list(data.classes), **recipe["task"].get("params", {})}
         recipe["task"]["params"] = params
@@ -131,8 +133,10 @@ def calibrated(plan: StudyPlan) -> StudyPlan:
 
 def start_terms(data: DataSet, *, task: str, epsilon: float | None) -> StartTerms | None:
     """Return how to train a warm start, if the recipe for ``data`` wants one."""
-    terms = _recipe(task, kind_of(data))["private"].get("start")
-    return None if terms is None or epsilon is None else StartTerms.model_validate(terms)
+    recipe = _recipe(task, kind_of(data))
+    private = recipe["private"] if epsilon is not None else {}
+    terms = private.get("start", recipe.get("start"))
+    return None if terms is None else StartTerms.model_validate(terms)
 
 
 def check_task(task: str) -> None:

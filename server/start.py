@@ -9,7 +9,7 @@ nothing of the hospital's, and nothing here is private.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -88,7 +88,8 @@ def trained(
         pairs = [(patients[i], int(random.integers(len(patients[i].images)))) for i in chosen]
         views = [task.view(p.images[n], p.targets[n], randomness, True) for p, n in pairs]
         images, targets = (torch.stack(part) for part in zip(*views, strict=True))
-        loss = task.loss(net(images), targets).mean()
+        warm = task.warm or _own_loss(task)
+        loss = warm(net, images, targets).mean()
         if task.free is not None:
             loss = loss + task.free.loss(net, randomness)
         optimizer.zero_grad()
@@ -96,6 +97,10 @@ def trained(
         optimizer.step()
         schedule.step()
     return weights_of(net)
+
+
+def _own_loss(task: Task) -> Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]:
+    return lambda net, images, targets: task.loss(net(images), targets)
 
 
 def initial_weights(plan: StudyPlan, task: Task, run_dir: Path) -> dict[str, Array]:

@@ -18,9 +18,10 @@ STRATEGIES: Builtin = {
     "fedavg": "strategies.averaging:fedavg",
     "fedprox": "strategies.averaging:fedprox",
     "fedavgm": "strategies.averaging:fedavgm",
+    "lloyd": "strategies.lloyd:lloyd",
 }
 #: Their parameters; a momentum is a number in [0, 1).
-STRATEGY_PARAMS: dict[str, set[str]] = {"fedavgm": {"momentum"}}
+STRATEGY_PARAMS: dict[str, set[str]] = {"fedavgm": {"momentum"}, "lloyd": {"smallest_share"}}
 #: Parameters the platform gives, which a plan may not.
 GIVEN = {"num_outputs"}
 

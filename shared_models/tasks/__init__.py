@@ -7,6 +7,7 @@ from shared_models.tasks.base import Box, Free, Task, as_it_is, objection_to_los
 
 BUILTIN = {
     "classification": "shared_models.tasks.classification:make",
+    "clustering": "shared_models.tasks.clustering:make",
     "generation": "shared_models.tasks.generation:make",
     "localization": "shared_models.tasks.localization:make",
     "segmentation": "shared_models.tasks.segmentation:make",

@@ -81,6 +81,7 @@ class Task(NamedTuple):
             When not training, ``randomness`` is the same for the same image.
         run: (net, inputs) to what is scored, where that is more than the net's own answer.
         free: a loss that sees no patient.
+        warm: (net, images, targets) to (batch,): what a warm start is trained by, if not ``loss``.
         released: how the names of the parameters begin which are released; empty means all.
         baselines: by name, (inputs) to outputs as ``run`` gives them: what needs no training.
         made_up: (generator, spatial_dims) to four outputs and targets, for ``objection_to_loss``.
@@ -102,6 +103,7 @@ class Task(NamedTuple):
     view: Callable[[Tensor, Tensor, Randomness, bool], tuple[Tensor, Tensor]] = as_it_is
     run: Callable[[Module, Tensor], Tensor] = _run
     free: Free | None = None
+    warm: Callable[[Module, Tensor, Tensor], Tensor] | None = None
     released: tuple[str, ...] = ()
     baselines: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({})
     made_up: Callable[[Generator, int], tuple[Tensor, Tensor]] | None = None

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server import recipes
 from server.hospitals import DataSet
 from server.recipes import MOST_DELTA, check_task, delta_for, kind_of, plan_for
 from shared_models.allowlists import objections
@@ -19,11 +20,10 @@ from shared_models.privacy import epsilon
 KEY = "0" * 64
 IMAGES = {"picture": "film.PNG", "series": "series/p1", "volume": "brain.nii.gz"}
 RECIPES = [
-    ("classification", "picture"),
-    ("classification", "series"),
-    ("segmentation", "series"),
-    ("segmentation", "volume"),
+    file.stem.rsplit("-", 1)
+    for file in sorted((Path(recipes.__file__).parent / recipes.FOLDER).glob("*.toml"))
 ]
+TASKS = sorted({task for task, _ in RECIPES})
 
 
 def data_set(kind: str = "picture", *, patients: int = 30) -> DataSet:
@@ -125,8 +125,8 @@ def test_images_without_a_recipe_are_told_with_those_there_are() -> None:
 def test_a_task_no_recipe_is_for_is_told_with_those_there_are() -> None:
     check_task("classification")
     check_task("segmentation")
-    with pytest.raises(ConsiliaError, match=r"'detection'; known: classification, segmentation$"):
-        check_task("detection")
+    with pytest.raises(ConsiliaError, match=f"'divination'; known: {', '.join(TASKS)}$"):
+        check_task("divination")
 
 
 @pytest.mark.parametrize(

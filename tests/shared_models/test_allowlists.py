@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from shared_models import tasks
 from shared_models.allowlists import STRATEGIES, STRATEGY_PARAMS, objections, objections_to_file
 from shared_models.errors import DocumentError
 from shared_models.plan import StudyPlan, render
@@ -32,12 +33,12 @@ def test_a_good_plan_meets_no_objection(new_plan: NewPlan) -> None:
             "net.name: no nets called 'resnet'; known: ",
         ),
         (
-            {"task": {"name": "detection"}},
-            "task.name: no tasks called 'detection'; known: classification, segmentation",
+            {"task": {"name": "divination"}},
+            f"task.name: no tasks called 'divination'; known: {', '.join(sorted(tasks.BUILTIN))}",
         ),
         (
             {"strategy": {"name": "medain"}},
-            "strategy.name: no strategies called 'medain'; known: fedavg, fedavgm, fedprox",
+            "strategy.name: no strategies called 'medain'; known: fedavg, fedavgm, fedprox, lloyd",
         ),
         ({"imaging": [{"name": "blur"}]}, "imaging.0.name: no steps called 'blur'; known: "),
         (
@@ -211,7 +212,7 @@ def test_a_plan_file_is_returned_with_its_objections(new_plan: NewPlan, tmp_path
     assert signed is not None
     assert signed.plan == plan
     assert found == [
-        "strategy.name: no strategies called 'median'; known: fedavg, fedavgm, fedprox"
+        "strategy.name: no strategies called 'median'; known: fedavg, fedavgm, fedprox, lloyd"
     ]
 
 

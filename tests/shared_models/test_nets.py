@@ -22,6 +22,7 @@ SMALL: list[tuple[str, dict[str, Any], tuple[int, ...], tuple[int, ...]]] = [
     ("densenet", {}, (2, 1, 32, 32), (2, 3)),
     ("densenet", {"spatial_dims": 3, "block_config": [1, 1]}, (2, 1, 16, 16, 16), (2, 3)),
     ("densenet", {"in_channels": 3}, (2, 3, 32, 32), (2, 3)),
+    ("centres", {"size": 16, "latent": 4}, (2, 1, 16, 16), (2, 9)),
     ("gan", {"size": 16, "channels": 4}, (2, 1, 16, 16), (2, 3)),
     ("walker", {}, (2, 2, 11, 11), (2, 3)),
     ("walker", {"spatial_dims": 3}, (2, 2, 11, 11, 11), (2, 3)),
@@ -29,6 +30,8 @@ SMALL: list[tuple[str, dict[str, Any], tuple[int, ...], tuple[int, ...]]] = [
     ("unet", {"spatial_dims": 3}, (2, 1, 8, 12, 16), (2, 3, 8, 12, 16)),
     ("unet", {"norm": "instance", "num_res_units": 2}, (2, 1, 16, 16), (2, 3, 16, 16)),
 ]
+#: What images do not reach: a task trains it by a loss that sees no patient, or beforehand.
+APART = {"centres": ("encoder.", "decoder."), "gan": ("generator.",)}
 small = pytest.mark.parametrize(
     ("name", "params", "given", "expected"), SMALL, ids=lambda v: v if isinstance(v, str) else ""
 )
@@ -181,4 +184,4 @@ def test_every_parameter_learns(
         warnings.simplefilter("error")
         net(images).square().sum().backward()
     still = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    assert still == []
+    assert [n for n in still if not n.startswith(APART.get(name, ()))] == []
