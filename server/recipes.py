@@ -8,6 +8,7 @@ which is then up to ``server.start``.
 
 from __future__ import annotations
 
+import csv
 import math
 import tomllib
 from datetime import UTC, datetime, timedelta
@@ -15,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from server.hospitals import DataSet, Labels
+from server.hospitals import IMAGE_COLUMNS, DataSet, Labels
 from server.start import StartTerms
 from shared_models.errors import ConsiliaError
 from shared_models.plan import StudyPlan, planned_events
@@ -60,10 +61,8 @@ def plan_for(
         recipe["training"] |= _slower(recipe["training"], epsilon)
     if num_rounds is not None:
         recipe["training"]["num_rounds"] = num_rounds
-    recipe = {
-        table: content for table, content in recipe.items() if table not in ("labels", "start")
-    }
-    if data.classes:
+    recipe.pop("start", None)
+    if recipe.pop("labels", "class") in ("class", "map"):
         params = {"classes": list(data.classes), **recipe["task"].get("params", {})}
         recipe["task"]["params"] = params
     is_split = recipe.get("rounds", {}).get("secure_aggregation", False)
@@ -150,21 +149,28 @@ def check_task(task: str) -> None:
         raise ConsiliaError(f"no recipe for the task '{task}'; known: {', '.join(tasks)}")
 
 
-def labels_of(task: str) -> Labels:
-    """Return what labels the recipes for ``task`` want: ``class`` if they do not say.
+def labels_of(task: str, folder: Path) -> Labels:
+    """Return what labels the recipe for ``task`` wants of the images that ``folder`` lists.
 
-    Raises:
-        ConsiliaError: if there is no recipe for the task.
+    Where there is no such recipe or manifest, ``class``: adopting and planning say what is wrong.
     """
-    check_task(task)
-    name = next(name for name in _known() if name.rpartition("-")[0] == task)
-    labels: Labels = _read(name).get("labels", "class")
+    try:
+        with (folder / "manifest.csv").open(newline="", encoding="utf-8-sig") as handle:
+            first = next(csv.DictReader(handle))
+    except (OSError, UnicodeDecodeError, csv.Error, StopIteration):
+        return "class"
+    image = next((first[name] or "" for name in IMAGE_COLUMNS if name in first), "")
+    wanted = f"{task}-{_kind(Path(image))}"
+    labels: Labels = _read(wanted).get("labels", "class") if wanted in _known() else "class"
     return labels
 
 
 def kind_of(data: DataSet) -> str:
     """Return what the images are: picture, volume (NIfTI) or series (DICOM)."""
-    image = Path(data.rows[0]["image"])
+    return _kind(Path(data.rows[0]["image"]))
+
+
+def _kind(image: Path) -> str:
     if image.name.lower().endswith(NIFTI):
         return "volume"
     return "picture" if image.suffix.lower() in PICTURES else "series"

@@ -18,6 +18,7 @@ BUILTIN = {
     "centres": "shared_models.nets.centres:make",
     "densenet": "shared_models.nets.densenet:make",
     "gan": "shared_models.nets.gan:make",
+    "recurrent": "shared_models.nets.recurrent:make",
     "unet": "shared_models.nets.unet:make",
     "walker": "shared_models.nets.walker:make",
 }

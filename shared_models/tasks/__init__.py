@@ -11,6 +11,7 @@ BUILTIN = {
     "generation": "shared_models.tasks.generation:make",
     "localization": "shared_models.tasks.localization:make",
     "segmentation": "shared_models.tasks.segmentation:make",
+    "series-classification": "shared_models.tasks.series:make",
 }
 
 __all__ = ["BUILTIN", "Box", "Free", "Task", "as_it_is", "objection_to_loss"]

@@ -53,7 +53,7 @@ def few(data: DataSet, *, most: int) -> DataSet:
 def test_real_images_are_trained_in_process(
     data_dir: Path, tmp_path: Path, folder: str, task: str, headline: str, epsilon: float | None
 ) -> None:
-    data = few(adopt(data_dir / folder, labels=recipes.labels_of(task)), most=11)
+    data = few(adopt(data_dir / folder, labels=recipes.labels_of(task, data_dir / folder)), most=11)
     sites, validation = consortium(data, tmp_path)
     plan = recipes.plan_for(
         data, name="test", task=task, coordinator=KEY, seed=0, epsilon=epsilon, num_rounds=1

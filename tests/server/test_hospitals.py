@@ -49,7 +49,7 @@ def write(folder: Path, lines: Sequence[str], *, header: str = HEADER) -> Path:
 
 def objections(folder: Path, *, task: str = "classification") -> list[str]:
     with pytest.raises(DataError) as caught:
-        adopt(folder, labels=recipes.labels_of(task))
+        adopt(folder, labels=recipes.labels_of(task, folder))
     assert MARK not in str(caught.value)
     return list(caught.value.objections)
 
@@ -295,7 +295,7 @@ def test_phantom_hospitals_are_joined_into_one_data_set(tmp_path: Path) -> None:
         ("classification", ("no finding", "finding")),
         ("segmentation", ("label 1", "label 2")),
     ):
-        data = adopt(joined, labels=recipes.labels_of(task))
+        data = adopt(joined, labels=recipes.labels_of(task, joined))
         assert data.sites == tuple(sorted(folder.name for folder in folders))
         assert data.classes == classes
         assert len({row["patient"] for row in data.rows}) == 20 * len(folders)
@@ -313,5 +313,5 @@ def test_real_data_sets_become_hospitals(
 ) -> None:
     if not (data_dir / name).is_dir():
         pytest.skip(f"no {name} among the real images")
-    data: DataSet = adopt(data_dir / name, labels=recipes.labels_of(task))
+    data: DataSet = adopt(data_dir / name, labels=recipes.labels_of(task, data_dir / name))
     assert (len(data.sites), len(data.rows), len(data.classes)) == (sites, rows, 2)

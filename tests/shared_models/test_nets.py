@@ -24,6 +24,8 @@ SMALL: list[tuple[str, dict[str, Any], tuple[int, ...], tuple[int, ...]]] = [
     ("densenet", {"in_channels": 3}, (2, 3, 32, 32), (2, 3)),
     ("centres", {"size": 16, "latent": 4}, (2, 1, 16, 16), (2, 9)),
     ("gan", {"size": 16, "channels": 4}, (2, 1, 16, 16), (2, 3)),
+    ("recurrent", {"channels": [4, 8]}, (2, 1, 5, 16, 16), (2, 3)),
+    ("recurrent", {"channels": [4, 8], "cell": "lstm"}, (2, 1, 5, 16, 16), (2, 3)),
     ("walker", {}, (2, 2, 11, 11), (2, 3)),
     ("walker", {"spatial_dims": 3}, (2, 2, 11, 11, 11), (2, 3)),
     ("unet", {}, (2, 1, 16, 20), (2, 3, 16, 20)),
