@@ -68,7 +68,7 @@ def consortium(tmp_path_factory: pytest.TempPathFactory) -> Consortium:
     data = adopt(drawn(folder / "pictures"), task="classification")
     dirs = {site: folder / site for site in data.sites}
     for site, site_dir in dirs.items():
-        setup.create(
+        setup.create_unenrolled(
             site_dir,
             name=site,
             coordinator=KEY,
