@@ -69,6 +69,15 @@ def test_the_out_folder_holds_what_the_readme_promises(plain: tuple[Path, str, s
     assert not list(out.rglob("*.pkl")) and not list(out.rglob("*.pt"))
 
 
+def test_the_report_says_what_the_images_are_and_that_no_person_decided(
+    plain: tuple[Path, str, str],
+) -> None:
+    report = json.loads((plain[0] / "report.json").read_text())
+    assert report["data"] == "phantoms, seed 0"
+    assert len(report["notes"]) == 2
+    assert "no person compared words or decided" in report["notes"][0]
+
+
 def test_the_last_line_is_the_path_of_the_report(plain: tuple[Path, str, str]) -> None:
     out, printed, _ = plain
     assert printed.strip().splitlines()[-1] == f"report: {(out / 'report.html').resolve()}"
