@@ -325,7 +325,7 @@ def _decide(stage: Stage, study: str, run_dir: Path) -> None:
             patience_s=PATIENCE_S,
         )
         stage.progress.advance(number)
-    stage.progress.note(f"judged by each hospital's rules; {WHO} plays the person who approves")
+    stage.progress.note(f"no hospital's rules object; {WHO} plays the people who approve")
 
 
 def _coordinator(*arguments: str | Path) -> str:

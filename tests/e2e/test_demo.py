@@ -101,7 +101,7 @@ def test_each_hospital_was_offered_the_plan_and_approved_it_at_home(
     plain: tuple[Path, str, str],
 ) -> None:
     out, _, told = plain
-    assert "the demonstration plays the person who approves" in told
+    assert "the demonstration plays the people who approve" in told
     for site in (out / "sites").iterdir():
         lines = (site / "state" / "journal.jsonl").read_text().splitlines()
         kinds = [json.loads(line)["entry"]["kind"] for line in lines]
