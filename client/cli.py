@@ -69,7 +69,7 @@ def join(
             raise typer.Exit(1)
     print(f"{found.site} is in: its certificate holds {certificate.days_left(joining.config)} days")
     key = public_key(load_key(joining.config.signing_key))
-    print(f"what its peers may run, once you have read them this key: trust {found.site}={key}")
+    print(f"peers that have heard this key by phone run: consilia-site trust {found.site}={key}")
 
 
 @app.command()

@@ -157,7 +157,7 @@ def _phantoms(options: Options, progress: Progress) -> DataSet:
 
 
 def _open_office(stage: Stage) -> str:
-    """Open the coordinator's office and serve it; return its public key."""
+    """Open the coordinator's office; return its public key."""
     stage.progress.stage("the coordinator opens its office")
     office = stage.office
     office.parent.mkdir(parents=True, exist_ok=True)
@@ -170,8 +170,6 @@ def _open_office(stage: Stage) -> str:
         *("--control", control, "--enrolment", enrolment),
     )
     _edit(office / settings.FILE, "0.0.0.0", "127.0.0.1")
-    log_file = office / "serve.log"
-    stage.crew.start("the coordinator", "server.cli", "serve", office, log_file=log_file)
     return made.split()[-1]
 
 
@@ -192,7 +190,9 @@ def _planned(
 
 
 def _enrol(stage: Stage, plan: StudyPlan, options: Options) -> None:
-    """Let every hospital join by an invite and start its agent."""
+    """Serve the office, let every hospital join by an invite, and start its agent."""
+    log_file = stage.office / "serve.log"
+    stage.crew.start("the coordinator", "server.cli", "serve", stage.office, log_file=log_file)
     stage.progress.stage("hospitals join, by words read out", total=len(stage.site_dirs))
     joining = {site: _joining(stage, site, options) for site in stage.site_dirs}
     for site, process in joining.items():
