@@ -14,7 +14,7 @@ import typer
 
 from client import studies_cli
 from client.studies_cli import AsJson, ConfigFile, console, opened
-from shared_models.errors import EXIT_CODES_HELP, ConsiliaError
+from shared_models.errors import EXIT_CODES_HELP
 
 app = typer.Typer(
     help="Connect this hospital, judge and approve studies, run the site agent.",
@@ -25,47 +25,6 @@ app = typer.Typer(
 )
 
 app.add_typer(studies_cli.app)
-
-
-@app.command()
-def init(
-    folder: Annotated[Path, typer.Argument(help="The new site's folder.")],
-    name: Annotated[str, typer.Option(help="The hospital's name in the consortium.")],
-    coordinator: Annotated[str, typer.Option(help="The coordinator's public key, hexadecimal.")],
-    address: Annotated[str, typer.Option(help="The coordinator's SuperLink, host:port.")],
-    root_certificates: Annotated[Path, typer.Option(help="The certificate authority (PEM).")],
-    manifest: Annotated[Path, typer.Option(help="CSV: image, patient, label, split.")],
-    root: Annotated[Path, typer.Option(help="What the manifest's paths are relative to.")],
-    max_epsilon: Annotated[float, typer.Option(help="Most epsilon one study may cost.")] = 8.0,
-    allow_without_privacy: Annotated[
-        bool, typer.Option(help="Allow studies without differential privacy.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Make this hospital's keys and its commented site.toml; print the public keys."""
-    from client import setup
-
-    try:
-        identity = setup.create(
-            folder,
-            name=name,
-            coordinator=coordinator,
-            address=address,
-            root_certificates=root_certificates.resolve(),
-            manifest=manifest.resolve(),
-            root=root.resolve(),
-            max_epsilon=max_epsilon,
-            allow_without_privacy=allow_without_privacy,
-        )
-    except FileExistsError as error:
-        raise ConsiliaError(f"{error}; choose another folder") from error
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    if as_json:
-        print(identity.model_dump_json())
-    else:
-        print(f"wrote {folder / 'site.toml'}; send these public keys to the coordinator:")
-        print(f"signing {identity.signing}\nnode    {identity.node}")
 
 
 @app.command()
@@ -89,6 +48,7 @@ def join(
     """Join a consortium: make keys here, ask, compare words by phone. Exit 1: not let in yet."""
     from client import certificate
     from client import join as joins
+    from shared_models.signing import load_key, public_key
 
     found = joins.read_invite(invite)
     data = None
@@ -108,6 +68,8 @@ def join(
             print("not let in yet; run the same command again once the coordinator has decided")
             raise typer.Exit(1)
     print(f"{found.site} is in: its certificate holds {certificate.days_left(joining.config)} days")
+    key = public_key(load_key(joining.config.signing_key))
+    print(f"peers that have heard this key by phone run: consilia-site trust {found.site}={key}")
 
 
 @app.command()

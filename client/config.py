@@ -33,7 +33,8 @@ class LinkSettings(Contract):
 
     ``address`` is its SuperLink's, where weights travel, by the ``node_key``. ``control`` is its
     control plane's, by the ``certificate``: one file with the site's certificate and its key, so
-    that a renewal changes both in one step. Sites that never joined have neither.
+    that a renewal changes both in one step. Sites that never joined have neither. It is visited
+    every ``visit_every_s`` seconds.
     """
 
     address: Annotated[str, Field(pattern=r"^[^\s/]+:\d{1,5}$")]
@@ -41,6 +42,7 @@ class LinkSettings(Contract):
     node_key: Path
     control: Address | None = None
     certificate: Path | None = None
+    visit_every_s: Annotated[float, Field(ge=1, le=3600)] = 20.0
 
     @model_validator(mode="after")
     def _check_that_control_has_its_certificate(self) -> Self:

@@ -64,7 +64,7 @@ AUTHORITY = "consortium-ca.crt"
 ASKED, ACCEPTED = "asked.json", "request.json"
 MAX_INVITE_BYTES = 64 * 2**10
 ASK_S = 20.0  # what asking takes at least, however short the wait
-POLL_S = 5.0
+FIRST_POLL_S, POLL_S = 0.5, 5.0  # people who have just put the phone down are not kept waiting
 
 
 class Asked(Contract):
@@ -135,7 +135,7 @@ def prepare(invite: Invite, folder: Path, data: Data | None) -> Joining:
     return Joining(config, invite, _ask(config, invite=digest(invite)))
 
 
-def wait(joining: Joining, *, minutes: float, every_s: float = POLL_S) -> bool:
+def wait(joining: Joining, *, minutes: float) -> bool:
     """Ask until the coordinator has decided, or it takes too long; tell whether the site is in.
 
     Raises:
@@ -144,15 +144,16 @@ def wait(joining: Joining, *, minutes: float, every_s: float = POLL_S) -> bool:
     """
     from client import control
 
-    until = time.monotonic() + 60 * minutes
+    until, pause_s = time.monotonic() + 60 * minutes, FIRST_POLL_S
     while joining.asked is not None:
         budget_s = max(until - time.monotonic(), ASK_S)
         answer = control.join(joining.invite, joining.asked.request, budget_s=budget_s)
         if take(joining, answer):
             break
-        if time.monotonic() + every_s > until:
+        if time.monotonic() + pause_s > until:
             return False
-        time.sleep(every_s)
+        time.sleep(pause_s)
+        pause_s = min(1.5 * pause_s, POLL_S)
     return True
 
 

@@ -1,6 +1,6 @@
-"""Making a site: its keys and its ``site.toml``, inside the hospital.
+"""A new site's commented ``site.toml``, and whole sites that no coordinator has let in.
 
-Private keys are made here and never leave; what the coordinator needs is the public halves.
+Private keys are made here and never leave.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from shared_models.signing import create_key, public_key
 
 
 class Identity(Contract):
-    """What a site tells the coordinator about itself: its name and its public keys."""
+    """A site's name and its public keys."""
 
     name: SiteName
     signing: PublicKey
     node: str
 
 
-def create(
+def create_unenrolled(
     folder: Path,
     *,
     name: str,
@@ -35,7 +35,9 @@ def create(
     allow_without_privacy: bool = False,
     max_epsilon: float = 8.0,
 ) -> Identity:
-    """Make ``folder`` a site: two private keys and a commented ``site.toml``.
+    """Make ``folder`` a site that has joined nobody: two private keys and a ``site.toml``.
+
+    For simulations, benches and tests. A hospital joins by an invite (``join.py``).
 
     Raises:
         FileExistsError: if the folder has keys or a configuration; nothing is overwritten.

@@ -161,7 +161,11 @@ def in_background(
     thread = threading.Thread(
         target=keep_visiting,
         args=(config, key, lambda told: _call(config, told)),
-        kwargs={"agent": lambda: _agent(config, started_at), "stop": stop},
+        kwargs={
+            "agent": lambda: _agent(config, started_at),
+            "stop": stop,
+            "every_s": config.link.visit_every_s,
+        },
         name="visits",
         daemon=True,
     )

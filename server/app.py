@@ -25,6 +25,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,7 +168,27 @@ def ask_over(grid: HttpGrid, *, roll: Roll, quorum: int = 0, patience_s: float =
         post = _Post(grid, letters, roll=roll, until=until, quorum=quorum, patience_s=patience_s)
         return _replies(post, sorted(letters))
 
-    return ask
+    return _Way(ask, roll, patience_s)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A way to ask sites that knows which of them have been off the net for ``patience_s``."""
+
+    ask: Ask
+    roll: Roll
+    patience_s: float
+
+    def __call__(
+        self, letters: Mapping[str, Letter], deadline_s: float
+    ) -> Iterator[tuple[str, Letter | None]]:
+        """Ask the sites."""
+        return self.ask(letters, deadline_s)
+
+    def away(self) -> list[str]:
+        """Return who would not hear."""
+        self.roll.call()
+        return [s for s in self.roll.seen if self.roll.is_lost(s, patience_s=self.patience_s)]
 
 
 class _Post:

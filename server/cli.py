@@ -328,31 +328,7 @@ def start(
     stated, number = warmed(plans.read(plan).plan, manifest, root=root, run_dir=out, terms=terms)
     replace(plan, plans.render(stated).encode())
     print(f"trained on {number} patients, whom no epsilon covers: {out / FILE}")
-    print(f"the plan states it as start = {stated.start}; sign the plan now")
-
-
-@app.command()
-def sign(
-    plan: PlanFile,
-    key: Annotated[Path, typer.Option(help="The coordinator's signing key (PEM).")],
-) -> None:
-    """Sign a plan in place, once nothing is wrong with it; any later change breaks it."""
-    from shared_models import plan as plans
-    from shared_models import signing
-    from shared_models.allowlists import objections
-    from shared_models.files import replace
-
-    private = signing.load_key(key)
-    draft = plans.read(plan).plan
-    if draft.coordinator != signing.public_key(private):
-        raise ConsiliaError(
-            f"coordinator: the plan names another key; this one is {signing.public_key(private)}"
-        )
-    found = objections(draft, today=_today())
-    if found:
-        raise ConsiliaError(found)
-    replace(plan, plans.render(draft, signing.sign(draft, key=private)).encode())
-    print(f"signed study {signing.digest(draft)[:12]} '{draft.name}'")
+    print(f"the plan states it as start = {stated.start}; propose it with --start now")
 
 
 @app.command()
@@ -362,6 +338,10 @@ def propose(
     validation: Validation = None,
     validation_root: ValidationRoot = None,
     start: StartFile = None,
+    data: Annotated[str, typer.Option(help="What the images are, for the report.")] = "",
+    note: Annotated[
+        list[str] | None, typer.Option(help="What its readers must know; more than one may be.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Sign a plan and offer it to the hospitals it names; each decides for itself."""
@@ -375,6 +355,8 @@ def propose(
         sites={},
         validation_manifest=validation and validation.resolve(),
         validation_root=validation_root and validation_root.resolve(),
+        data=data,
+        notes=tuple(note or ()),
     )
     found = desk.propose(
         desk.Desk(home.folder, home.key, offices.enrolled(home)),
@@ -389,17 +371,6 @@ def propose(
         name, sites = found.signed.plan.name, ", ".join(found.signed.plan.sites)
         print(f"offered study {found.study[:12]} '{name}' to {sites}")
         print(f"when enough have approved: consilia-coordinator run {found.study[:12]}")
-
-
-@app.command()
-def keygen(file: Annotated[Path, typer.Argument(help="The new key's file (PEM).")]) -> None:
-    """Make the coordinator's signing key and print its public half."""
-    from shared_models import signing
-
-    try:
-        print(signing.public_key(signing.create_key(file)))
-    except FileExistsError as error:
-        raise ConsiliaError(f"{file} exists; keys are never overwritten") from error
 
 
 @app.command()
@@ -444,13 +415,14 @@ def _finish(found: Any, out: Path, *, as_json: bool) -> None:
 
 
 class _Bars:
-    """The demonstration's progress on a terminal; plain lines elsewhere."""
+    """A line for each stage, on a terminal with a bar while it lasts; plain text elsewhere."""
 
     def __init__(self, bars: Any, console: Console) -> None:
         self.bars, self.console, self.task = bars, console, None
+        self.notes: list[str] = []
 
     def stage(self, text: str, *, total: int | None = None) -> None:
-        self._close()
+        self.close()
         if self.console.is_terminal:
             self.task = self.bars.add_task(text, total=total, word="")
         else:
@@ -462,29 +434,48 @@ class _Bars:
         else:
             self.console.print(f"  {done}: {text}")
 
-    def _close(self) -> None:
-        if self.task is not None:
-            total = self.bars.tasks[self.task].total or 1
-            self.bars.update(self.task, total=total, completed=total)
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        if not self.console.is_terminal:
+            self._tell_notes()
+
+    def close(self) -> None:
+        """Let the stage's last state, and what was noted of it, stand above what follows."""
+        if self.task is None:
+            return
+        (task,) = self.bars.tasks
+        total = task.total or 1
+        self.bars.update(self.task, total=total, completed=total)
+        line = self.bars.make_tasks_table([task])
+        self.bars.remove_task(self.task)
+        self.console.print(line)
+        self.task = None
+        self._tell_notes()
+
+    def _tell_notes(self) -> None:
+        for text in self.notes:
+            self.console.print(f"  {text}", highlight=False, soft_wrap=True)
+        self.notes.clear()
 
 
 @contextmanager
 def _progress() -> Iterator[_Bars]:
     """Show progress on standard error, so that standard output stays for results."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Column
 
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        TextColumn("{task.description}", table_column=Column(width=40)),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(table_column=Column(width=7, justify="right")),
+        TimeElapsedColumn(table_column=Column(width=7)),
         TextColumn("{task.fields[word]}"),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         shown = _Bars(bars, console)
         yield shown
-        shown._close()
+        shown.close()
 
 
 @contextmanager

@@ -1,8 +1,13 @@
-"""One command, a whole consortium on one machine: real processes, real TLS, real approvals.
+"""One command, a whole consortium on one machine: real processes, real TLS, real decisions.
 
-Everything is done as people will do it: each hospital makes its own keys and approves the plan with
-``consilia-site``, the coordinator starts a SuperLink, enrols the hospitals' nodes and submits the
-study through Flower. Every process is stopped at the end, on Ctrl-C and on an error.
+Everything is done as people will do it, by the commands they will use. The coordinator opens an
+office and serves it; each hospital joins by an invite, with keys it makes itself, and is let in by
+the words that both sides read; its agent is started and hears of the study; it approves, and the
+study is run. What people would do, compare words and decide, the demonstration does and says so.
+Every process is stopped at the end, on Ctrl-C and on an error.
+
+The out folder: ``coordinator/`` is the office, ``sites/`` the hospitals' folders; what the study
+left (``store.py``) is copied from the office beside them.
 """
 
 from __future__ import annotations
@@ -10,33 +15,31 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from threading import Event
 from typing import NamedTuple
 
-from server import link, recipes, report, start, store
-from server.conduct import Place, conduct
-from server.consortium import TlsFiles, certificates
-from server.follow import Progress, show
+from server import desk, link, recipes, report, settings, start
+from server.crew import Crew, Process, crew, said
+from server.follow import Progress, follow
 from server.hospitals import DataSet, adopt, join, write_manifests
 from shared_models import phantoms
 from shared_models import plan as plans
 from shared_models.contracts import StudyReport
 from shared_models.errors import MachineError, RunError
 from shared_models.plan import StudyPlan
-from shared_models.signing import create_key, public_key, sign
 
 NEEDED_BYTES = 300 * 2**20
-STOP_S = 8.0
+VISIT_EVERY_S = 2.0  # hospitals ask the coordinator's news less often in earnest
+PATIENCE_S = 120.0  # for what takes seconds, on a machine that has much else to do
+WHO = "the demonstration"
 PHANTOM_NOTE = "The images are phantoms made for this demonstration; no patient is behind them."
 ONE_MACHINE_NOTE = (
-    "Demonstration: all hospitals ran as processes on one machine, and the coordinator saw the "
-    "manifests it handed out to them."
+    "Demonstration: all hospitals ran as processes on one machine, the coordinator saw the "
+    "manifests it handed out to them, and no person compared words or decided."
 )
 START_NOTE = (
     "The model began from weights trained without privacy on {number} patients of the "
@@ -58,15 +61,18 @@ class Options(NamedTuple):
     classes: tuple[str, ...] = ()
 
 
-class Office(NamedTuple):
-    """The coordinator's own folder and what it prepared there."""
+class Stage(NamedTuple):
+    """What it all happens on: the processes, the data, and the folders of either side."""
 
-    folder: Path
-    plan: StudyPlan
-    tls: TlsFiles
-    port: int
+    crew: Crew
+    progress: Progress
+    data: DataSet
+    office: Path
     site_dirs: Mapping[str, Path]
-    identities: Mapping[str, Mapping[str, str]]
+
+    def config(self, site: str) -> Path:
+        """Return a hospital's ``site.toml``."""
+        return self.site_dirs[site] / "site.toml"
 
 
 def run(options: Options, progress: Progress) -> StudyReport:
@@ -80,25 +86,39 @@ def run(options: Options, progress: Progress) -> StudyReport:
     recipes.check_task(options.task)
     data = None
     if options.data is not None:
-        data = adopt(
-            options.data,
-            labels=recipes.labels_of(options.task, options.data),
-            classes=options.classes,
+        labels = recipes.labels_of(options.task, options.data)
+        data = adopt(options.data, labels=labels, classes=options.classes)
+    has_begun = Event()
+    with _removed_on_failure(options.out, unless=has_begun), crew() as hired:
+        data = data or _phantoms(options, progress)
+        site_dirs = {site: options.out / "sites" / site for site in data.sites}
+        stage = Stage(hired, progress, data, options.out / "coordinator", site_dirs)
+        coordinator = _open_office(stage)
+        plan, terms = _planned(options, data, coordinator)
+        own = stage.office / "start.csv" if terms else None
+        write_manifests(
+            data, site_dirs=site_dirs, validation=stage.office / "validation.csv", start=own
         )
-    with _removed_on_failure(options.out):
-        office = _prepared(options, data, progress)
-    with ExitStack() as stack:
-        _conduct(options.out, office, progress, stack)
-    return report.read(options.out / "report.json")
+        _enrol(stage, plan, options)
+        study, run_dir = _propose(stage, plan, terms, options)
+        _decide(stage, study, run_dir)
+        has_begun.set()
+        _coordinator("run", study, "--office", stage.office, "--no-follow")
+        follow(run_dir, progress, meanwhile=hired.insist)
+    kept = shutil.ignore_patterns("*.lock", "wanted")
+    shutil.copytree(run_dir, options.out, dirs_exist_ok=True, ignore=kept)
+    return report.read(options.out / report.JSON_NAME)
 
 
 @contextmanager
-def _removed_on_failure(out: Path) -> Iterator[None]:
+def _removed_on_failure(out: Path, *, unless: Event) -> Iterator[None]:
     """Take away what was written to ``out``, and ``out`` if it is new, should anything fail."""
     is_new = not out.exists()
     try:
         yield
     except BaseException as error:
+        if unless.is_set():
+            raise
         for entry in [out] if is_new else list(out.iterdir()):
             shutil.rmtree(entry, ignore_errors=True)
         if isinstance(error, OSError):
@@ -139,214 +159,192 @@ def _phantoms(options: Options, progress: Progress) -> DataSet:
     return adopt(folder, labels=labels, classes=names.get(labels, ()))
 
 
-def _prepared(options: Options, data: DataSet | None, progress: Progress) -> Office:
-    """Make everything the study needs before its first process: data, keys, plan, settings."""
-    out, folder = options.out, options.out / "coordinator"
-    data = data or _phantoms(options, progress)
-    folder.mkdir(parents=True)
-    progress.stage("making certificates and keys")
-    key = create_key(folder / "signing.pem")
-    tls = certificates(folder / "tls", hosts=["127.0.0.1", "localhost"])
-    port = link.free_port()
-    site_dirs = {site: out / "sites" / site for site in data.sites}
-    terms = recipes.start_terms(data, task=options.task, epsilon=options.epsilon)
-    write_manifests(
-        data,
-        site_dirs=site_dirs,
-        validation=folder / "validation.csv",
-        start=None if terms is None else folder / "start.csv",
+def _open_office(stage: Stage) -> str:
+    """Open the coordinator's office; return its public key."""
+    stage.progress.stage("the coordinator opens its office")
+    office = stage.office
+    office.parent.mkdir(parents=True, exist_ok=True)
+    ports = set[int]()
+    while len(ports) < 3:
+        ports.add(link.free_port())
+    fleet, control, enrolment = (f"127.0.0.1:{port}" for port in ports)
+    made = _coordinator(
+        *("init", office, "--name", "Demonstration", "--fleet", fleet),
+        *("--control", control, "--enrolment", enrolment),
     )
+    _edit(office / settings.FILE, "0.0.0.0", "127.0.0.1")
+    return made.split()[-1]
+
+
+def _planned(
+    options: Options, data: DataSet, coordinator: str
+) -> tuple[StudyPlan, start.StartTerms | None]:
+    """Return the plan to propose, and how to train the warm start it is to state, if any."""
     plan = recipes.plan_for(
         data,
         name=f"demo-{options.task}",
         task=options.task,
-        coordinator=public_key(key),
+        coordinator=coordinator,
         seed=options.seed,
         epsilon=options.epsilon,
         num_rounds=options.num_rounds,
     )
+    return plan, recipes.start_terms(data, task=options.task, epsilon=options.epsilon)
+
+
+def _enrol(stage: Stage, plan: StudyPlan, options: Options) -> None:
+    """Serve the office, let every hospital join by an invite, and start its agent."""
+    log_file = stage.office / "serve.log"
+    stage.crew.start("the coordinator", "server.cli", "serve", stage.office, log_file=log_file)
+    stage.progress.stage("hospitals join, by words read out", total=len(stage.site_dirs))
+    joining = {site: _joining(stage, site, options) for site in stage.site_dirs}
+    for site, process in joining.items():
+        _let_in(stage, site, process)
+    trusted = {}
+    for number, (site, process) in enumerate(joining.items(), start=1):
+        trusted[site] = _ended(stage, site, process).split()[-1]
+        stage.progress.advance(number)
+    if plan.rounds.secure_aggregation:
+        _introduce(stage, trusted)
+    for site, folder in stage.site_dirs.items():
+        config = stage.config(site)
+        _edit(config, "visit_every_s = 20.0", f"visit_every_s = {VISIT_EVERY_S}")
+        log_file = folder / "agent.log"
+        name, arguments = f"the agent of {site}", ("start", "--config", config)
+        stage.crew.start(name, "client.cli", *arguments, log_file=log_file)
+
+
+def _joining(stage: Stage, site: str, options: Options) -> Process:
+    """Invite a hospital, and let it ask to join."""
+    folder, invite = stage.site_dirs[site], stage.office / f"{site}.invite.json"
+    _coordinator("invite", site, "--office", stage.office, "--out", invite)
+    arguments: list[str | Path] = [
+        "join",
+        invite,
+        "--folder",
+        folder,
+        "--wait",
+        str(PATIENCE_S / 60),
+    ]
+    arguments += ["--manifest", folder / "manifest.csv", "--root", stage.data.root]
+    arguments += ["--max-epsilon", str(options.epsilon or 8.0)]
+    arguments += ["--allow-without-privacy"] if options.epsilon is None else []
+    return stage.crew.command("client.cli", *arguments)
+
+
+def _let_in(stage: Stage, site: str, process: Process) -> None:
+    """Compare the words at the hospital with those at the office, and let it in by them."""
+    asked = dict[str, str]()
+
+    def has_asked() -> bool:
+        rows = json.loads(_coordinator("sites", "--office", stage.office, "--json"))["sites"]
+        asked.update({row["site"]: row["words"] for row in rows if row["words"]})
+        return site in asked or process.poll() is not None
+
+    heard = _words(process)
+    stage.crew.until(has_asked, f"{site} asks to join", patience_s=PATIENCE_S)
+    if not heard or process.poll() is not None:
+        said(process, site)
+    if heard != asked.get(site):
+        raise RunError(f"{site} reads out other words than the office shows; nobody is let in")
+    stage.progress.note(f"{site}: both sides read '{heard}'")
+    _coordinator("accept", site, "--words", heard, "--office", stage.office)
+
+
+def _words(process: Process) -> str:
+    """Return the words that a hospital's ``join`` shows, indented, to its people."""
+    for line in process.stdout or ():
+        if line.startswith("    "):
+            return line.strip()
+    return ""
+
+
+def _ended(stage: Stage, site: str, process: Process) -> str:
+    """Wait for a hospital's command, while the coordinator serves; return what it printed."""
+    stage.crew.until(lambda: process.poll() is not None, f"{site} is done", patience_s=PATIENCE_S)
+    return said(process, site)
+
+
+def _introduce(stage: Stage, trusted: Mapping[str, str]) -> None:
+    """Let each hospital trust the others' NAME=KEY, which people do after comparing keys by phone.
+
+    Raises:
+        RunError: if one would not.
+    """
+    commands = {}
+    for site in trusted:
+        peers = [pair for other, pair in trusted.items() if other != site]
+        commands[site] = stage.crew.command(
+            "client.cli", "trust", *peers, "--config", stage.config(site)
+        )
+    for site, process in commands.items():
+        _ended(stage, site, process)
+
+
+def _propose(
+    stage: Stage, plan: StudyPlan, terms: start.StartTerms | None, options: Options
+) -> tuple[str, Path]:
+    """Offer the plan, with its warm start, to the hospitals; return the study and where it runs."""
     notes = [ONE_MACHINE_NOTE] + [PHANTOM_NOTE] * (options.data is None)
+    office, root, arguments = stage.office, stage.data.root, list[str | Path]()
     if terms is not None:
-        progress.stage("a warm start on the coordinator's own images")
+        stage.progress.stage("a warm start on the coordinator's images")
         plan, number = start.warmed(
-            plan, folder / "start.csv", root=data.root, run_dir=out, terms=terms
+            plan, office / "start.csv", root=root, run_dir=office, terms=terms
         )
         notes.append(START_NOTE.format(number=number))
-    identities = _init_sites(options, data, site_dirs, tls, port, public_key(key))
-    (out / "plan.toml").write_text(plans.render(plan, sign(plan, key=key)), encoding="utf-8")
-    store.write_settings(out, _settings(options, data, folder, identities, notes))
-    return Office(folder, plan, tls, port, site_dirs, identities)
-
-
-def _conduct(out: Path, office: Office, progress: Progress, stack: ExitStack) -> None:
-    """Start everything, run the study, and leave the stopping to ``stack``."""
-    progress.stage("starting the SuperLink; hospitals judge and approve the plan")
-    if office.plan.rounds.secure_aggregation:
-        _introduce(office.site_dirs, office.identities)
-    approvals = _start_approvals(out, office.site_dirs)
-    place = Place(office.folder, office.tls, "127.0.0.1", office.port)
-    keys = {site: identity["node"] for site, identity in office.identities.items()}
-    wanted, agents = list[Path](), dict[str, subprocess.Popen[bytes]]()
-    conducted = conduct(
-        place, studies=lambda: wanted, enrolled=lambda: keys, stop=threading.Event()
-    )
-    for news in stack.enter_context(closing(conducted)):
-        if news.kind == "up" and not wanted:
-            _collect_approvals(out, approvals)
-            agents = stack.enter_context(_agents(office.site_dirs))
-            progress.stage("federated rounds", total=office.plan.training.num_rounds)
-            wanted.append(out)
-        elif news.kind == "round":
-            show(store.read_rounds(out), office.plan, progress)
-        elif news.kind == "done":
-            return
-        elif news.kind == "failed":
-            raise RunError(news.text)
-        _insist(agents, out)
-
-
-def _init_sites(
-    options: Options,
-    data: DataSet,
-    site_dirs: Mapping[str, Path],
-    tls: TlsFiles,
-    port: int,
-    coordinator: str,
-) -> dict[str, dict[str, str]]:
-    """Let each hospital make its own keys and configuration; return their public halves."""
-    started = {}
-    for site, folder in site_dirs.items():
-        arguments = ["init", str(folder), "--name", site, "--coordinator", coordinator]
-        arguments += [
-            "--address",
-            f"127.0.0.1:{port}",
-            "--root-certificates",
-            str(tls.authority.resolve()),
-        ]
-        arguments += [
-            "--manifest",
-            str((folder / "manifest.csv").resolve()),
-            "--root",
-            str(data.root),
-        ]
-        arguments += ["--max-epsilon", str(options.epsilon or 8.0), "--json"]
-        arguments += ["--allow-without-privacy"] if options.epsilon is None else []
-        started[site] = _site(arguments)
-    return {site: json.loads(_finished(process, site)) for site, process in started.items()}
-
-
-def _settings(
-    options: Options,
-    data: DataSet,
-    office: Path,
-    identities: Mapping[str, Mapping[str, str]],
-    notes: Sequence[str],
-) -> store.RunSettings:
+        arguments += ["--start", office / start.FILE]
+    stage.progress.stage("hospitals hear of the plan, and decide", total=len(stage.site_dirs))
+    (office / "plan.toml").write_text(plans.render(plan), encoding="utf-8")
     is_phantom = options.data is None
-    return store.RunSettings(
-        signing_key=(office / "signing.pem").resolve(),
-        sites={
-            site: store.SiteKeys(signing=found["signing"], node=found["node"])
-            for site, found in identities.items()
-        },
-        validation_manifest=(office / "validation.csv").resolve(),
-        validation_root=data.root,
-        data=f"phantoms, seed {options.seed}" if is_phantom else f"the data set {data.root.name}",
-        notes=tuple(notes),
+    told = f"phantoms, seed {options.seed}" if is_phantom else f"the data set {root.name}"
+    found = _coordinator(
+        *("propose", office / "plan.toml", "--office", office, "--json", "--data", told),
+        *("--validation", office / "validation.csv", "--validation-root", root),
+        *(part for note in notes for part in ("--note", note)),
+        *arguments,
     )
+    offered = json.loads(found)
+    return offered["study"], Path(offered["run_dir"])
 
 
-def _introduce(site_dirs: Mapping[str, Path], identities: Mapping[str, Mapping[str, str]]) -> None:
-    """Let each hospital trust the others, which people do after comparing keys by phone."""
-    started = {}
-    for site, folder in site_dirs.items():
-        pairs = [f"{name}={found['signing']}" for name, found in identities.items() if name != site]
-        started[site] = _site(["trust", *pairs, "--config", str(folder / "site.toml")])
-    for site, process in started.items():
-        _finished(process, site)
-
-
-def _start_approvals(out: Path, site_dirs: Mapping[str, Path]) -> dict[str, subprocess.Popen[str]]:
-    """Let each hospital judge and countersign the plan, all at once."""
-    (out / "approvals").mkdir()
-    plan = str(out / "plan.toml")
-    return {
-        site: _site(
-            ["approve", plan, "--config", str(folder / "site.toml"), "--who", "demo", "--json"]
+def _decide(stage: Stage, study: str, run_dir: Path) -> None:
+    """Let each hospital judge and countersign the plan, as soon as its agent has heard of it."""
+    commands = {}
+    for site, folder in stage.site_dirs.items():
+        stage.crew.until(
+            (folder / "state" / "studies" / study / "offer.json").exists,
+            f"{site} hears of the study",
+            patience_s=PATIENCE_S,
         )
-        for site, folder in site_dirs.items()
-    }
+        commands[site] = stage.crew.command(
+            *("client.cli", "approve", study, "--who", WHO, "--config", stage.config(site))
+        )
+    for number, (site, process) in enumerate(commands.items(), start=1):
+        _ended(stage, site, process)
+        stage.crew.until(
+            lambda site=site: desk.decision(run_dir, site) == "approved",  # type: ignore[misc]
+            f"the decision of {site} arrives",
+            patience_s=PATIENCE_S,
+        )
+        stage.progress.advance(number)
+    stage.progress.note(f"no hospital's rules object; {WHO} plays the people who approve")
 
 
-def _collect_approvals(out: Path, approvals: Mapping[str, subprocess.Popen[str]]) -> None:
-    for site, process in approvals.items():
-        (out / "approvals" / f"{site}.json").write_text(_finished(process, site), encoding="utf-8")
+def _coordinator(*arguments: str | Path) -> str:
+    """Run a command of the coordinator's in this process and return what it printed."""
+    from typer.main import get_command
+
+    from server.cli import app
+
+    with redirect_stdout(StringIO()) as printed:
+        get_command(app).main([str(part) for part in arguments], standalone_mode=False)
+    return printed.getvalue()
 
 
-def _insist(agents: Mapping[str, subprocess.Popen[bytes]], out: Path) -> None:
-    """Insist that every hospital's agent is running.
-
-    Raises:
-        RunError: if one has ended.
-    """
-    for site, process in agents.items():
-        if process.poll() is not None:
-            raise RunError(f"the agent of {site} ended; see {out / 'sites' / site / 'agent.log'}")
-
-
-@contextmanager
-def _agents(site_dirs: Mapping[str, Path]) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-    """Run one ``consilia-site start`` for each hospital; stop them all at the end."""
-    agents: dict[str, subprocess.Popen[bytes]] = {}
-    try:
-        for site, folder in site_dirs.items():
-            with (folder / "agent.log").open("wb") as log_file:
-                agents[site] = subprocess.Popen(
-                    [*_command(), "start", "--config", str(folder / "site.toml")],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log_file,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-        yield agents
-    finally:
-        _stop(list(agents.values()))
-
-
-def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + STOP_S
-    for process in processes:
-        try:
-            process.wait(timeout=max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _command() -> list[str]:
-    return [sys.executable, "-m", "client.cli"]
-
-
-def _site(arguments: Sequence[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*_command(), *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def _finished(process: subprocess.Popen[str], site: str) -> str:
-    """Return what a command of a hospital printed.
-
-    Raises:
-        RunError: with what it said if it did not exit 0.
-    """
-    printed, complaint = process.communicate()
-    if process.returncode != 0:
-        lines = [line for line in (complaint + printed).splitlines() if line.strip()]
-        raise RunError([f"{site}: {line}" for line in lines[-10:]])
-    return printed
+def _edit(file: Path, old: str, new: str) -> None:
+    """Change a setting in a file as people do, with its comments left alone."""
+    text = file.read_text(encoding="utf-8")
+    if old not in text:
+        raise ValueError(f"expected '{old}' in {file}")
+    file.write_text(text.replace(old, new), encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -24,9 +24,14 @@ class Progress(Protocol):
     def advance(self, done: int, text: str = "") -> None:
         """Say how many parts are done, and a word on the last one."""
 
+    def note(self, text: str) -> None:
+        """Say in a line what is to be remembered of the stage."""
 
-def follow(run_dir: Path, progress: Progress) -> None:
-    """Show a study's rounds until it has its report.
+
+def follow(
+    run_dir: Path, progress: Progress, *, meanwhile: Callable[[], None] = lambda: None
+) -> None:
+    """Show a study's rounds until it has its report; what ``meanwhile`` raises ends it.
 
     Raises:
         RunError: with what a person must put right, if it fails.
@@ -40,6 +45,7 @@ def follow(run_dir: Path, progress: Progress) -> None:
         for number in range(num_shown, len(records)):
             show(records[: number + 1], plan, progress)
         num_shown = len(records)
+        meanwhile()
         time.sleep(POLL_S)
 
 
@@ -52,4 +58,4 @@ def show(records: Sequence[RoundRecord], plan: StudyPlan, progress: Progress) ->
         if trained == plan.training.num_rounds:
             progress.stage("final evaluation at every hospital")
     elif last.kind == "evaluate" and plan.compare_alone:
-        progress.stage("each hospital trains alone, for comparison")
+        progress.stage("each hospital trains alone, to compare")

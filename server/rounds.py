@@ -6,7 +6,8 @@ order of the sites' names, so the same answers give the same model bit for bit; 
 up and dropped before the next is fetched, so memory does not grow with the number of sites.
 
 Under secure aggregation the masked updates are added up before anything can be read, and become one
-update of all sites together. If a site is missing, the round is asked again of the others.
+update of all sites together. If a site is missing, the round is asked again of the others, who are
+charged again; so a site that is known to be away is not asked in the first place.
 
 Where a run stands is a value, ``Progress``: kept and given back, the run goes on bit for bit.
 """
@@ -14,11 +15,11 @@ Where a run stands is a value, ``Progress``: kept and given back, the run goes o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import count
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -52,6 +53,16 @@ from strategies.base import State, Strategy, Update
 #: (letters by site, deadline_s) to (site, answer or None), in the order of the sites' names.
 Ask = Callable[[Mapping[str, Letter], float], Iterator[tuple[str, Letter | None]]]
 Validate = Callable[[Weights], Evaluation]
+
+
+@runtime_checkable
+class KnowsWhoIsAway(Protocol):
+    """A way to ask that can tell, before anybody is asked, which sites would not hear."""
+
+    def away(self) -> Collection[str]:
+        """Return the sites that are out of reach, and have been for some time."""
+
+
 #: From a round to the attempts it was not asked under yet; each is noted before it is given.
 Attempts = Callable[[int], Iterator[int]]
 #: More training patients than this are not believed of one site.
@@ -210,7 +221,8 @@ def train_round(
 ) -> Round:
     """Ask every site to train once and turn their updates into new weights."""
     started = time.monotonic()
-    tally = Tally(_refused(plan, consortium, kind="train", round_=round_))
+    absent = consortium.absent
+    tally = Tally(_refused(plan, absent, code="not-approved", kind="train", round_=round_))
     summed = partial(_summed_updates, attempts=attempts)
     updates = summed if plan.rounds.secure_aggregation else _single_updates
     try:
@@ -264,6 +276,11 @@ def _summed_updates(
     Raises:
         ValueError: if fewer than the quorum are left to be asked.
     """
+    reached = within_reach(consortium, ask, quorum=plan.rounds.quorum)
+    away = sorted(consortium.sites.keys() - reached.sites.keys())
+    for refusal in _refused(plan, away, code="no-answer", kind="train", round_=round_):
+        tally.add(Answer(refusal, None, 0))
+    consortium = reached
     for attempt in attempts(round_):
         orders = orders_for(
             plan, weights, kind="train", round_=round_, consortium=consortium, attempt=attempt
@@ -289,6 +306,16 @@ def _summed_updates(
         consortium = consortium._replace(sites=left)
 
 
+def within_reach(consortium: Consortium, ask: Ask, *, quorum: int) -> Consortium:
+    """Leave out the sites that ``ask`` knows to be away, if ``quorum`` sites are left then.
+
+    A site that has come back is in the next round's consortium as before.
+    """
+    away = ask.away() if isinstance(ask, KnowsWhoIsAway) else ()
+    left = {site: key for site, key in consortium.sites.items() if site not in away}
+    return consortium._replace(sites=left) if len(left) >= quorum else consortium
+
+
 def ask_all(
     plan: StudyPlan,
     weights: Weights,
@@ -300,7 +327,8 @@ def ask_all(
     """Ask every site to evaluate ``weights``, or to train alone from them; aggregate nothing."""
     started, round_ = time.monotonic(), plan.training.num_rounds
     orders = orders_for(plan, weights, kind=kind, round_=round_, consortium=consortium)
-    tally = Tally(_refused(plan, consortium, kind=kind, round_=round_))
+    absent = consortium.absent
+    tally = Tally(_refused(plan, absent, code="not-approved", kind=kind, round_=round_))
     tally.sent(orders)
     for answer in answered(ask, orders, plan=plan, weights=weights, consortium=consortium):
         tally.add(answer)
@@ -432,14 +460,11 @@ def _update(said: SiteReply, vector: Vector | None, order: RoundOrder, weights: 
 
 
 def _refused(
-    plan: StudyPlan, consortium: Consortium, *, kind: OrderKind, round_: int
+    plan: StudyPlan, sites: Iterable[str], *, code: RefusalCode, kind: OrderKind, round_: int
 ) -> list[Refusal]:
-    """Return a refusal for each site that gets no order, because it has not approved the plan."""
+    """Return a refusal for each of the sites that get no order, and why."""
     study = digest_of(plan)
-    return [
-        Refusal(study=study, round_=round_, kind=kind, site=site, code="not-approved")
-        for site in consortium.absent
-    ]
+    return [Refusal(study=study, round_=round_, kind=kind, site=site, code=code) for site in sites]
 
 
 def _refusal(order: RoundOrder, code: RefusalCode) -> Refusal:

@@ -104,7 +104,7 @@ def read_plan(run_dir: Path) -> SignedPlan:
     """
     signed = plans.read(run_dir / "plan.toml")
     if not is_signed_by(signed.plan, signed.signature, key=signed.plan.coordinator):
-        raise SignatureError("the plan is not signed by its coordinator; sign it again")
+        raise SignatureError("the plan is not signed by its coordinator; restore it from a copy")
     return signed
 
 

@@ -394,7 +394,7 @@ def _superlink(known: object, case: Case) -> Finding:
 ANSWERS: dict[int, tuple[str, str]] = {
     412: (
         "this site's node key is not admitted yet",
-        "send the coordinator the public key that consilia-site init printed; it has to admit it",
+        "run consilia-site join with an invite; if it has joined, ask the coordinator",
     ),
     401: ("this site's signature is refused", "put the clock right first, then try again"),
     404: (

@@ -37,7 +37,7 @@ def run_study(data: DataSet, task: str, seed: int, folder: Path) -> tuple[StudyP
     """Simulate the recipe's study over ``data`` in ``folder``."""
     dirs = {site: folder / "sites" / site for site in data.sites}
     for site, site_dir in dirs.items():
-        setup.create(
+        setup.create_unenrolled(
             site_dir,
             name=site,
             coordinator=KEY,

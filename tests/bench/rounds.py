@@ -163,7 +163,7 @@ def laid_out(folder: Path, size: int, num_rounds: int, *, tls: TlsFiles, port: i
     """Make keys, pictures, sites that have approved the plan, and the run directory."""
     key = create_key(folder / "coordinator.pem")
     identities = {
-        site: setup.create(
+        site: setup.create_unenrolled(
             folder / site,
             name=site,
             coordinator=public_key(key),

@@ -102,7 +102,7 @@ def run(job: Run, *, data_dir: Path, cache: Path) -> tuple[Run, dict[str, float]
         folder = Path(scratch)
         dirs = {site: folder / "sites" / site for site in data.sites}
         for site, site_dir in dirs.items():
-            setup.create(
+            setup.create_unenrolled(
                 site_dir,
                 name=site,
                 coordinator=KEY,

@@ -25,7 +25,7 @@ from shared_models.contracts import Countersignature
 from shared_models.errors import ConsiliaError, DocumentError, LedgerError
 from shared_models.plan import event_of
 from shared_models.privacy import epsilon
-from shared_models.signing import digest, is_signed_by, load_key, public_key, sign
+from shared_models.signing import digest, is_signed_by, public_key, sign
 
 
 def run(*arguments: object) -> Result:
@@ -275,68 +275,6 @@ def test_budget_of_a_broken_ledger_has_its_own_exit_code(hospital) -> None:
         "the ledger's last line was cut short; the site puts it right when its agent starts\n"
     )
     assert found.stdout == ""
-
-
-# --- init
-
-
-def init_arguments(folder: Path, **changed: str) -> list[object]:
-    options = {
-        "name": "north",
-        "coordinator": "ab" * 32,
-        "address": "fl.example.org:9092",
-        "root-certificates": "ca.pem",
-        "manifest": "manifest.csv",
-        "root": ".",
-    } | {name.replace("_", "-"): value for name, value in changed.items()}
-    return ["init", folder, *(part for k, v in options.items() for part in (f"--{k}", v))]
-
-
-def test_init_makes_a_site_and_prints_its_public_keys(tmp_path: Path) -> None:
-    found = run(*init_arguments(tmp_path / "site", max_epsilon="2"), "--json")
-    assert found.exit_code == 0
-    site = config.read(tmp_path / "site" / "site.toml")
-    assert json.loads(found.output)["signing"] == public_key(load_key(site.signing_key))
-    assert json.loads(found.output)["node"].startswith("ecdsa-sha2-nistp384 ")
-    assert site.policy.max_epsilon_per_study == 2
-    assert not site.policy.allow_without_privacy
-
-
-def test_init_tells_people_what_to_send(tmp_path: Path) -> None:
-    found = run(*init_arguments(tmp_path / "site"))
-    first, signing, node = found.output.splitlines()
-    assert first.endswith("send these public keys to the coordinator:")
-    assert len(signing.removeprefix("signing ")) == 64
-    assert node.startswith("node    ecdsa-sha2-nistp384 ")
-    assert "PRIVATE" not in found.output
-
-
-def test_init_overwrites_nothing(tmp_path: Path) -> None:
-    run(*init_arguments(tmp_path / "site"))
-    before = {f: f.read_bytes() for f in (tmp_path / "site").rglob("*") if f.is_file()}
-    again = run(*init_arguments(tmp_path / "site"))
-    assert isinstance(again.exception, ConsiliaError)
-    assert str(again.exception).endswith("choose another folder")
-    assert {f: f.read_bytes() for f in before} == before
-
-
-@pytest.mark.parametrize(
-    ("changed", "exit_code", "words"),
-    [
-        ({"name": "north clinic"}, DocumentError.exit_code, "name: string should match"),
-        ({"coordinator": "abc"}, DocumentError.exit_code, "coordinator: string should match"),
-        ({"manifest": "a\nb"}, 2, "printable"),
-        ({"max_epsilon": "0"}, DocumentError.exit_code, "policy.max_epsilon_per_study: input"),
-    ],
-)
-def test_init_says_what_is_wrong_and_makes_nothing(
-    changed: dict[str, str], exit_code: int, words: str, tmp_path: Path
-) -> None:
-    found = process(*init_arguments(tmp_path / "site", **changed))
-    assert found.returncode == exit_code
-    assert words in found.stderr
-    assert "Traceback" not in found.stderr
-    assert not (tmp_path / "site").exists()
 
 
 # --- every command

@@ -11,7 +11,7 @@ from shared_models import plan as plans
 DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
-def test_the_example_site_is_what_init_writes() -> None:
+def test_the_example_site_is_what_join_writes() -> None:
     site = config.read(DEPLOY / "site.toml")
     text = config_text(
         name=site.name,

@@ -289,14 +289,14 @@ def test_a_folder_of_another_site_is_left_alone(
     assert (tmp_path / "north" / "keys" / "asked.json").read_bytes() == before
 
 
-def test_a_site_made_by_init_joins_with_the_keys_it_has(
+def test_a_site_that_was_never_enrolled_joins_with_the_keys_it_has(
     coordinator: Coordinator, tmp_path: Path
 ) -> None:
     from client import setup
 
     invite = coordinator.invite()
     (tmp_path / "ca.crt").write_text(invite.authority)
-    identity = setup.create(
+    identity = setup.create_unenrolled(
         tmp_path / "north",
         name="north",
         coordinator=invite.coordinator,

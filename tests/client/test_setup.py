@@ -33,7 +33,7 @@ def created(folder: Path, **changed: Any) -> setup.Identity:
         "manifest": Path("manifest.csv"),
         "root": Path(),
     }
-    return setup.create(folder, **given_ | changed)
+    return setup.create_unenrolled(folder, **given_ | changed)
 
 
 def test_a_new_site_can_be_read_with_the_keys_it_names(tmp_path: Path) -> None:

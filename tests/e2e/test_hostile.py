@@ -214,7 +214,7 @@ def hospital(folder: Path, *, address: str, authority: Path) -> tuple[Path, str]
             Image.fromarray(pixels).save(images / f"{number}.png")
             split = "train" if number < NUM_TRAIN else "test"
             writer.writerow([f"{number}.png", number, ("clear", "opaque")[number % 2], split])
-    identity = setup.create(
+    identity = setup.create_unenrolled(
         folder / "site",
         name="north",
         coordinator=public_key(COORDINATOR),

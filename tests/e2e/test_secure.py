@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +18,12 @@ from PIL import Image
 from client import setup
 from server import rounds
 from server.hospitals import DataSet, adopt, write_manifests
-from server.simulate import simulate
+from server.simulate import ask_functions, simulate
 from server.start import FILE, StartTerms, warmed
 from shared_models.errors import ConsiliaError, DocumentError
 from shared_models.masking import LARGEST, opened
 from shared_models.plan import StudyPlan, planned_events
-from shared_models.privacy import COVERS_SUMS, DOES_NOT_COVER_SUMS, epsilon
+from shared_models.privacy import COVERS_SUMS, DOES_NOT_COVER_SUMS, epsilon, parse_ledger
 from shared_models.weights import flatten, load
 
 SITES = ("east", "north", "west")
@@ -68,7 +69,7 @@ def consortium(tmp_path_factory: pytest.TempPathFactory) -> Consortium:
     data = adopt(drawn(folder / "pictures"), labels="class")
     dirs = {site: folder / site for site in data.sites}
     for site, site_dir in dirs.items():
-        setup.create(
+        setup.create_unenrolled(
             site_dir,
             name=site,
             coordinator=KEY,
@@ -170,6 +171,43 @@ def test_summed_updates_give_the_weights_that_single_updates_give(
     )
     assert summed == pytest.approx(apart, abs=1e-6)
     assert not np.array_equal(apart, np.zeros_like(apart))
+
+
+@pytest.mark.parametrize(("is_known", "charges"), [(True, 1), (False, 2)])
+def test_nobody_is_charged_twice_for_a_hospital_that_is_known_to_be_away(
+    is_known: bool,
+    charges: int,
+    consortium: Consortium,
+    plan_of: Callable[..., StudyPlan],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without the knowledge, each round is charged once more to those who are there."""
+
+    class Lost:
+        def __init__(self, answers: Any) -> None:
+            self.ask = ask_functions(dict(answers) | {"west": lambda _: None})
+
+        def __call__(self, letters: Any, deadline_s: float) -> Any:
+            return self.ask(letters, deadline_s)
+
+        def away(self) -> list[str]:
+            return ["west"] if is_known else []
+
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("server.simulate.ask_functions", Lost)
+    monkeypatch.setattr("tempfile.TemporaryDirectory", lambda **_: nullcontext(str(scratch)))
+    plan = plan_of(
+        privacy=PRIVACY | {"noise_multiplier": 8.0},
+        rounds=SECURE | {"quorum": 2},
+        training=TRAINING | {"num_rounds": 1},
+    )
+    simulated(plan, consortium, tmp_path / "out")
+    assert not (scratch / "west" / "ledger.jsonl").exists()
+    for site in ("east", "north"):
+        found = parse_ledger((scratch / site / "ledger.jsonl").read_bytes())
+        assert [entry.attempt for entry in found.reservations] == list(range(charges))
 
 
 def test_no_update_is_on_its_way_to_the_coordinator_unmasked(

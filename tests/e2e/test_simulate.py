@@ -18,7 +18,7 @@ def consortium(data: DataSet, folder: Path) -> tuple[list[Path], Path]:
     """Make a site folder for each hospital, and the coordinator's manifest."""
     dirs = {site: folder / site for site in data.sites}
     for site, site_dir in dirs.items():
-        setup.create(
+        setup.create_unenrolled(
             site_dir,
             name=site,
             coordinator=KEY,

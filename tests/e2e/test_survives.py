@@ -124,7 +124,7 @@ def consortium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Consortium]
     key = create_key(folder / "signing.pem")
     dirs = {site: folder / site for site in SITES}
     identities = {
-        site: setup.create(
+        site: setup.create_unenrolled(
             site_dir,
             name=site,
             coordinator=public_key(key),

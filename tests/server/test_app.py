@@ -358,6 +358,19 @@ def test_an_order_the_superlink_dropped_is_sent_again_on_return() -> None:
     assert heard(ask({"north": letter("train")}, LONG_S)) == {"north": "back"}
 
 
+def test_a_site_is_away_once_it_has_been_for_longer_than_patience() -> None:
+    sites = {"north": Site(5), "south": Site(6)}
+    grid: Any = Grid(*sites.values())
+    ask = asking(grid, sites, patience_s=0.2)
+    sites["north"].is_online = False
+    assert ask.away() == []
+    time.sleep(0.3)
+    assert ask.away() == ["north"]
+    sites["north"].restart()
+    ask.roll.called_at = float("-inf")
+    assert ask.away() == []
+
+
 def test_the_last_look_asks_about_everybody() -> None:
     sites = {"north": Site(5, lambda _: None), "south": Site(6, lambda _: None)}
     grid: Any = Grid(*sites.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -705,6 +705,57 @@ def test_the_next_round_is_asked_of_the_site_that_was_missing_too(secure: StudyP
         )
     )
     assert [len(each.record.replies) for each in done] == [3, 4]
+
+
+class Aware(NamedTuple):
+    """A way to ask that knows who is away."""
+
+    ask: Ask
+    gone: set[str]
+
+    def __call__(
+        self, letters: Mapping[str, Letter], deadline_s: float
+    ) -> Iterator[tuple[str, Letter | None]]:
+        return self.ask(letters, deadline_s)
+
+    def away(self) -> set[str]:
+        return self.gone
+
+
+def test_a_site_known_to_be_away_is_not_asked_and_nobody_is_asked_twice(secure: StudyPlan) -> None:
+    orders: list[RoundOrder] = []
+    answers = {name: keeping(orders, hidden) for name in NAMES}
+    done = summed(secure, Aware(with_the_others_hidden(**answers), {"south"}))
+    others = [name for name in sorted(NAMES) if name != "south"]
+    assert [(order.attempt, order.site) for order in orders] == [(0, name) for name in others]
+    assert all([c.approval.site for c in o.participants] == others for o in orders)
+    assert refusals(done.record) == {"south": "no-answer"}
+    assert flatten(done.weights) == pytest.approx(flatten(WEIGHTS) + mean_of(*others), abs=1e-6)
+
+
+def test_a_site_that_was_away_and_is_back_takes_part_in_the_next_round(secure: StudyPlan) -> None:
+    gone = {"north"}
+    taking_part = []
+    for round_ in rounds.run(
+        secure,
+        WEIGHTS,
+        Aware(with_the_others_hidden(), gone),
+        consortium=lambda: consortium_of(secure),
+        strategy=fedavg(),
+        validate=evaluated,
+    ):
+        taking_part.append(len(round_.record.replies))
+        gone.clear()
+    assert taking_part == [3, 4]
+
+
+def test_if_too_many_are_away_all_are_asked_and_waited_for(secure: StudyPlan) -> None:
+    away = Aware(with_the_others_hidden(), {"east", "north", "south"})
+    assert len(summed(secure, away).record.replies) == 4
+
+
+def test_without_masks_a_site_that_is_away_is_asked_all_the_same(plan: StudyPlan) -> None:
+    assert len(trained(plan, Aware(asking(), {"south"})).record.replies) == 4
 
 
 def test_a_late_answer_to_an_earlier_attempt_is_refused(secure: StudyPlan) -> None:

@@ -205,7 +205,7 @@ def test_start_trains_a_start_and_states_it_in_a_plan_to_be_signed(
     assert stated.plan.start == digest(flatten(load(out / FILE)))
     assert stated.plan == plan.model_copy(update={"start": stated.plan.start})
     assert "trained on 8 patients, whom no epsilon covers" in done.output
-    assert f"start = {stated.plan.start}; sign the plan now" in done.output
+    assert f"start = {stated.plan.start}; propose it with --start now" in done.output
     again = CliRunner().invoke(app, arguments)
     assert isinstance(again.exception, ConsiliaError)
     assert "choose another --out" in str(again.exception)
