@@ -94,8 +94,8 @@ def test_all_objections_to_a_plan_are_told_at_once(
     (tmp_path / "plan.toml").write_text(text)
     found = runner.invoke(app, ["check", str(tmp_path / "plan.toml")])
     assert found.exit_code == 1
-    assert "no nets called 'densnet'; known: densenet, unet" in found.output
-    assert "no strategies called 'medain'; known: fedavg, fedavgm, fedprox" in found.output
+    assert "no nets called 'densnet'; known: " in found.output
+    assert "no strategies called 'medain'; known: " in found.output
     assert "rounds.quorum" in found.output
 
 
