@@ -32,6 +32,7 @@ from typing import Literal, NamedTuple
 
 from server import link, report, store
 from server.consortium import TlsFiles
+from shared_models.envelope import BUNDLE_DIGEST
 from shared_models.errors import ConsiliaError, DocumentError, MachineError, RunError
 
 POLL_S = 0.2
@@ -219,12 +220,17 @@ class _Desk:
         elif study.run_id is not None:
             yield from self._watched(superlink, study, is_running=is_running)
         elif time.monotonic() >= study.not_before and not is_running:
-            self._begin(superlink, study)
+            try:
+                self._begin(superlink, study)
+            except RunError as error:
+                store.write_failure(run_dir, error.objections)  # told in the next turn
+                return
             yield News("begun", run_dir)
 
     def _begin(self, superlink: link.SuperLink, study: _Study) -> None:
         app_dir = link.thin_app(self.place.folder / "app")
-        study.run_id = superlink.submit(app_dir, {"run-dir": str(study.run_dir)})
+        told = {"run-dir": str(study.run_dir)}
+        study.run_id = superlink.submit(app_dir, told, bundle=BUNDLE_DIGEST)
         study.begun_at = study.asked_at = time.monotonic()
 
     def _watched(

@@ -7,6 +7,7 @@ Guarantees:
     When ``superlink`` is left, no process that it or its SuperLink started is left.
     What an earlier one that was killed has left running is ended before the next starts.
     Two coordinators do not run one SuperLink's folder at once.
+    A bundle that sites would not obey is not submitted.
 
 Design: Flower's own commands cost more than a second each, so enrolment and submission use the
 client class behind them. Flower's private modules are used here, in ``server/fleet.py``,
@@ -140,14 +141,27 @@ class SuperLink(NamedTuple):
         except RunError as error:  # Flower stumbles over a node that never came, once it is removed
             log.debug("node %d was not unregistered: %s", node_id, error)
 
-    def submit(self, app_dir: Path, run_config: Mapping[str, str | int | float | bool]) -> int:
+    def submit(
+        self,
+        app_dir: Path,
+        run_config: Mapping[str, str | int | float | bool],
+        *,
+        bundle: str | None = None,
+    ) -> int:
         """Start a run of the app in ``app_dir`` and return its id.
 
+        ``bundle`` is the digest that its bundle must have; without it, any.
+
         Raises:
-            RunError: if the SuperLink refuses.
+            RunError: if the bundle has another digest, or the SuperLink refuses.
         """
-        bundle = build_fab_from_disk(app_dir)
-        fab = Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})
+        packed = build_fab_from_disk(app_dir)
+        fab = Fab(hashlib.sha256(packed).hexdigest(), packed, {})
+        if bundle is not None and bundle != fab.hash_str:
+            raise RunError(
+                f"this machine packs the app bundle as {fab.hash_str[:12]}, and sites obey the one "
+                f"known as {bundle[:12]}: install the versions that constraints.txt names"
+            )
         request = StartRunRequest(
             fab=fab_to_proto(fab), override_config=user_config_to_proto(dict(run_config))
         )

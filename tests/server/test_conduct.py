@@ -15,7 +15,8 @@ from server import conduct, link, report, store
 from server.conduct import News, Place
 from server.consortium import TlsFiles
 from server.link import RunState
-from shared_models.errors import DocumentError, MachineError
+from shared_models.envelope import BUNDLE_DIGEST
+from shared_models.errors import DocumentError, MachineError, RunError
 
 RUNNING = RunState("running", "", "")
 FAILED = RunState("finished", "failed", "")
@@ -45,7 +46,9 @@ class SuperLink:
     def unregister(self, node_id: int) -> None:
         self.nodes.pop(node_id, None)
 
-    def submit(self, app_dir: Path, run_config: Mapping[str, Any]) -> int:
+    def submit(self, app_dir: Path, run_config: Mapping[str, Any], *, bundle: str) -> int:
+        if bundle != self.world.bundle:
+            raise RunError(f"this machine packs {self.world.bundle}")
         run_id = self.world.number()
         self.states[run_id] = RUNNING
         self.world.begun.append(Path(run_config["run-dir"]))
@@ -71,6 +74,7 @@ class World:
         self.begin: Callable[[SuperLink, int, Path], Any] = lambda *_: None
         self.wont_start: Iterator[bool] = iter(())
         self.is_up = False
+        self.bundle = BUNDLE_DIGEST
         self.held = ExitStack()
         self.numbers = iter(range(1, 10**6))
         self.stop = Event()
@@ -285,6 +289,18 @@ def test_a_study_that_had_failed_before_is_not_begun_by_itself(world: World) -> 
     with world.conducted() as news:
         assert kinds(until(news, "failed")) == ["up", "failed"]
     assert world.begun == []
+
+
+def test_a_study_whose_run_cannot_be_submitted_needs_a_person_and_says_why(world: World) -> None:
+    run_dir = world.study()
+    world.begin, world.bundle = finish, "other bytes"
+    with world.conducted() as news:
+        (failed,) = [each for each in until(news, "failed") if each.kind != "up"]
+        assert (failed.study, failed.text) == (run_dir, ("this machine packs other bytes",))
+        world.bundle = BUNDLE_DIGEST
+        store.forget_failure(run_dir)
+        until(news, "done")
+    assert len(world.links) == 1
 
 
 def test_a_study_that_another_process_runs_is_not_begun(world: World) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import inspect
 import io
 import os
@@ -12,6 +13,7 @@ import time
 import zipfile
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,7 +44,8 @@ from flwr.superlink.grid.http_grid import HttpGrid
 
 from server import link
 from server.consortium import TlsFiles, certificates
-from shared_models.errors import DocumentError, MachineError
+from shared_models.envelope import BUNDLE_DIGEST
+from shared_models.errors import DocumentError, MachineError, RunError
 from shared_models.files import locked
 
 
@@ -107,6 +110,34 @@ def test_the_bundle_holds_no_code(tmp_path: Path) -> None:
     bundle = build_fab_from_disk(link.thin_app(tmp_path / "app"))
     names = zipfile.ZipFile(io.BytesIO(bundle)).namelist()
     assert sorted(names) == [".info/CONTENT", "LICENSE", "pyproject.toml"]
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
+def test_the_bundle_is_the_same_bytes_whatever_compresses_on_this_machine(tmp_path: Path) -> None:
+    bundle = build_fab_from_disk(link.thin_app(tmp_path / "app"))
+    packed = zipfile.ZipFile(io.BytesIO(bundle)).infolist()
+    assert {entry.compress_type for entry in packed} == {zipfile.ZIP_STORED}
+    assert {entry.date_time[:3] for entry in packed} == {(2024, 10, 1)}
+    assert hashlib.sha256(bundle).hexdigest() == BUNDLE_DIGEST
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
+def test_a_bundle_that_sites_would_not_obey_is_not_submitted(tmp_path: Path) -> None:
+    started = list[str]()
+
+    def start(request: StartRunRequest) -> SimpleNamespace:
+        started.append(request.fab.hash_str)
+        return SimpleNamespace(run_id=7)
+
+    client: Any = SimpleNamespace(StartRun=start)
+    process: Any = SimpleNamespace(poll=lambda: None)
+    superlink = link.SuperLink("", "", tmp_path, tmp_path / "log", process, client)
+    app_dir = link.thin_app(tmp_path / "app")
+    assert superlink.submit(app_dir, {}, bundle=BUNDLE_DIGEST) == 7
+    (app_dir / "LICENSE").write_text("Another licence.")
+    with pytest.raises(RunError, match=r"packs the app bundle as .* constraints\.txt"):
+        superlink.submit(app_dir, {}, bundle=BUNDLE_DIGEST)
+    assert started == [BUNDLE_DIGEST]
 
 
 def test_a_taken_port_is_told_with_its_cure(tmp_path: Path, tls: TlsFiles) -> None:
