@@ -11,6 +11,7 @@ Guarantees:
     A request from outside is read to a limit and within a limit of time, or not at all.
     Only nodes whose keys are enrolled are answered, and no dependency is ever installed.
     Who pushes what belongs to a run of an earlier SuperLink is told that the run has ended.
+    A certificate issued anew is shown to whoever connects from then on; nobody is cut off by it.
 
 Design: a request passes only if its path is, byte for byte, one of ``PATHS``, and what the app is
 then shown is that constant; there is nothing to normalise, so nothing to trick. What a connection
@@ -23,8 +24,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import signal
+import ssl
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +38,8 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.consortium import TlsFiles
+
+log = logging.getLogger(__name__)
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -66,6 +71,7 @@ BODY_S = 120.0  # for a body: the largest chunk at 0.4 Mbit/s
 TURN_S = 300.0  # for an answer to be taken: the same at half of that, and Flower's own work
 MOST_CONNECTIONS = 256  # an agent holds two; times the largest body this is 2 GiB at the very worst
 STOP_S = 2
+RENEWAL_S = 1.0  # how often it is seen whether the certificate was issued anew
 ENDED = 403  # what Flower answers about a run that has ended; 401 is for who is not believed
 
 #: Would open Flower's earlier, gRPC interfaces, on all addresses.
@@ -255,10 +261,30 @@ def main() -> None:
         control_port=given.control_port,
         is_forgotten=forgotten_runs(app),
     )
-    asyncio.run(_serve(*both))
+    asyncio.run(_serve(*both, tls=tls))
 
 
-async def _serve(control: uvicorn.Server, public: uvicorn.Server) -> None:
+async def renewing(tls: TlsFiles, *shown_by: uvicorn.Server) -> None:
+    """Have the servers show the certificate as it is issued anew, until this is cancelled.
+
+    A pair that does not fit, as while one of its files is being replaced, is looked at again.
+    """
+    shown, level = None, logging.WARNING
+    while True:
+        await asyncio.sleep(RENEWAL_S)
+        try:
+            found = tls.certificate.read_bytes(), tls.key.read_bytes()
+            if found != shown:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key)
+                for context in (server.config.ssl for server in shown_by if server.config.ssl):
+                    context.load_cert_chain(tls.certificate, tls.key)
+            shown, level = found, logging.WARNING
+        except OSError as error:  # ssl.SSLError as well
+            log.log(level, "the certificate cannot be read anew: %s", type(error).__name__)
+            level = logging.DEBUG  # once is enough
+
+
+async def _serve(control: uvicorn.Server, public: uvicorn.Server, *, tls: TlsFiles) -> None:
     """Run both servers until a signal comes or one of them ends."""
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
@@ -269,7 +295,9 @@ async def _serve(control: uvicorn.Server, public: uvicorn.Server) -> None:
         await asyncio.sleep(0.02)
     if control.started:
         running.append(asyncio.create_task(public.serve()))
-    await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+    renewal = asyncio.create_task(renewing(tls, control, public))
+    await asyncio.wait([*running, renewal], return_when=asyncio.FIRST_COMPLETED)
+    renewal.cancel()
     is_asked = stopped.is_set()
     stopped.set()
     for server, task in zip((public, control), reversed(running[1:]), strict=False):

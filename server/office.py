@@ -50,6 +50,7 @@ from shared_models.contracts import (
 )
 from shared_models.errors import ConsiliaError, DocumentError, SignatureError
 from shared_models.files import create as create_file
+from shared_models.files import in_turn
 from shared_models.plan import read_text
 from shared_models.signing import create_key, digest, is_signed_by, load_key, public_key, sign
 from shared_models.words import are_same, words
@@ -126,7 +127,10 @@ def certify(office: Office) -> TlsFiles:
     hosts = [address.rpartition(":")[0].strip("[]") for address in addresses]
     # Flower's own processes reach the SuperLink on this machine by the same certificate
     unique = list(dict.fromkeys([*hosts, "127.0.0.1"]))
-    return consortium.current(office.folder / "tls", hosts=unique, now=datetime.now(UTC))
+    folder = office.folder / "tls"
+    folder.mkdir(exist_ok=True)
+    with in_turn(folder / "tls.lock"):  # or one's key would come to lie beside the other's
+        return consortium.current(folder, hosts=unique, now=datetime.now(UTC))
 
 
 def sites(office: Office) -> dict[str, Site]:

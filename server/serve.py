@@ -8,11 +8,15 @@ Guarantees:
     A site that is enrolled no longer is reached by no further order, and its approvals count no
     more.
     A study that is wanted is run until it has its report, across restarts.
+    The servers' certificate is issued anew in good time, however long this runs.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
@@ -20,12 +24,16 @@ from threading import Event
 from server import control, desk, register, report, store
 from server import office as offices
 from server.conduct import News, Place, conduct
+from server.control import CERTIFY_EVERY_S
 from server.office import Office
 from server.store import SiteKeys
 from shared_models.contracts import Bulletin, Visit
+from shared_models.errors import ConsiliaError
 from shared_models.files import replace
 
 WANTED = "wanted"
+
+log = logging.getLogger(__name__)
 
 Enrolled = Callable[[], Mapping[str, SiteKeys]]
 
@@ -42,13 +50,27 @@ def serve(office: Office, *, stop: Event) -> Generator[News, None, None]:
         at = desk.Desk(office.folder, office.key, enrolled())
         return desk.visit(at, told, site=site, today=datetime.now(UTC).date())
 
-    with control.serve(office, visit=visit):
-        yield from conduct(
-            place(office),
-            studies=lambda: _wanted(office.folder, enrolled()),
-            enrolled=lambda: {site: keys.node or "" for site, keys in enrolled().items()},
-            stop=stop,
-        )
+    conducted = conduct(
+        place(office),
+        studies=lambda: _wanted(office.folder, enrolled()),
+        enrolled=lambda: {site: keys.node or "" for site, keys in enrolled().items()},
+        stop=stop,
+    )
+    certified_at = time.monotonic()
+    with control.serve(office, visit=visit), closing(conducted):
+        for news in conducted:
+            yield news
+            if time.monotonic() > certified_at + CERTIFY_EVERY_S:
+                certified_at = time.monotonic()
+                _certify(office)
+
+
+def _certify(office: Office) -> None:
+    """Have the certificate issued anew if few days are left; the SuperLink shows it by itself."""
+    try:
+        offices.certify(office)
+    except (ConsiliaError, OSError) as error:
+        log.error("the servers' certificate cannot be renewed: %s", type(error).__name__)
 
 
 def place(office: Office) -> Place:

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
+from cryptography import x509
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import (
@@ -35,7 +37,7 @@ from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 
-from server import fleet, link
+from server import consortium, fleet, link
 from server.consortium import TlsFiles, certificates
 
 PULL = "/v1/fleet/pull-messages"
@@ -80,7 +82,9 @@ def served(app: Any, tls: TlsFiles, **terms: Any) -> Iterator[tuple[int, int]]:
     both[0].config.lifespan = "off"
 
     async def serve() -> None:
+        renewal = asyncio.create_task(fleet.renewing(tls, *both))
         await asyncio.gather(*(server.serve() for server in both))
+        renewal.cancel()
 
     thread = Thread(target=asyncio.run, args=(serve(),))
     thread.start()
@@ -228,13 +232,50 @@ def test_a_connection_in_use_is_kept(tls: TlsFiles, monkeypatch: pytest.MonkeyPa
     app = Seen()
     with served(app, tls) as (_, public), connected(public, tls) as stream:
         for _ in range(8):
-            stream.sendall(request_of(PULL, body=b"ask"))
-            answer = b""
-            while not answer.endswith(b"ask"):
-                answer += stream.recv(65536)
-                assert answer.startswith(b"HTTP/1.1 200 ")
+            assert is_answered(stream)
             time.sleep(0.08)
     assert len(app.requests) == 8
+
+
+def test_a_certificate_issued_anew_is_shown_from_then_on_and_nobody_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "RENEWAL_S", 0.02)
+    with monkeypatch.context() as patch:
+        patch.setattr(consortium, "SERVER_DAYS", 3 / 86400)
+        tls = certificates(tmp_path, hosts=["127.0.0.1"])
+    expires_at = certificate_shown(tls.certificate.read_text()).not_valid_after_utc
+    with served(Seen(), tls) as (control, public), connected(public, tls) as early:
+        assert is_answered(early)
+        other = certificates(tmp_path / "other", hosts=["127.0.0.1"])
+        tls.key.write_bytes(other.key.read_bytes())  # a renewal that was killed after its key
+        wait_until(lambda: datetime.now(UTC) > expires_at)
+        with pytest.raises(ssl.SSLCertVerificationError, match="expired"), connected(public, tls):
+            pytest.fail("an expired certificate was believed")
+        assert is_answered(early)
+        certificates(tmp_path, hosts=["127.0.0.1"])
+        issued = tls.certificate.read_text()
+        wait_until(lambda: all(shown_on(port) == issued for port in (public, control)))
+        with connected(public, tls) as late:
+            assert is_answered(late)
+        assert is_answered(early)
+
+
+def certificate_shown(pem: str) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(pem.encode())
+
+
+def shown_on(port: int) -> str:
+    return ssl.get_server_certificate(("127.0.0.1", port))
+
+
+def is_answered(stream: ssl.SSLSocket) -> bool:
+    stream.sendall(request_of(PULL, body=b"ask"))
+    answer = b""
+    while not answer.endswith(b"ask"):
+        answer += stream.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 200 ")
+    return True
 
 
 @pytest.mark.parametrize(
@@ -326,6 +367,9 @@ def test_flowers_own_app_is_as_protected_as_its_command_makes_it(
         assert superlink.control in executor
         assert not {"--insecure", "--allow-runtime-dependency-installation"} & set(executor)
         assert listened_on(superlink.process) == {superlink.address, superlink.control}
+        issued = certificates(tls.certificate.parent, hosts=["127.0.0.1"]).certificate.read_text()
+        wait_until(lambda: shown_on(public) == issued)
+        superlink.check()
     assert link._marked(mark) == []
 
 
