@@ -87,18 +87,29 @@ def records(case: Case) -> Iterator[Finding]:
 
 
 def memory(case: Case) -> Iterator[Finding]:
-    """Yield whether there is memory for the cohort and a training step, as the dry batch took."""
-    free = available_bytes()
+    """Yield whether there is memory for the cohort and a training step, as the dry batch took.
+
+    What the worker may hold counts too: it is ended once it holds more (``limits.max_memory_gb``).
+    """
+    from client.supervisor import most_memory_bytes
+
+    stated = case.config.limits.max_memory_gb
+    free, allowed = available_bytes(), int(most_memory_bytes(stated))
+    figures = {"free_mb": free // MIB, "allowed_mb": allowed // MIB}
+    said = f"{size(free)} free, {size(allowed)} allowed"
     if case.dry is None or not case.dry.peak_bytes:
-        said = f"{size(free)} free; how much is needed shows only a dry batch of a plan"
-        figures = {"free_mb": free // MIB}
+        said = f"{said}; how much is needed shows only a dry batch of a plan"
         yield Finding("memory", None, said, "this machine", figures=figures)
         return
     needed = case.dry.peak_bytes + case.dry.cohort_bytes
-    said = f"{size(free)} free, about {size(needed)} needed"
-    figures = {"free_mb": free // MIB, "needed_mb": needed // MIB}
-    cure = "lower performance.most_images, end other programs, or give the machine more memory"
-    yield Finding("memory", free >= needed, said, "this machine", cure, figures)
+    said, figures = f"{said}, about {size(needed)} needed", figures | {"needed_mb": needed // MIB}
+    if free < needed:
+        cure = "lower performance.most_images, end other programs, or give the machine more memory"
+        yield Finding("memory", False, said, "this machine", cure, figures)
+        return
+    cure = "lower performance.most_images, or raise limits.max_memory_gb"
+    cure += "" if stated else ", which is a share of the machine's while it is 0"
+    yield Finding("memory", allowed >= needed, said, "settings", cure, figures)
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:

@@ -17,7 +17,7 @@ from click.testing import Result
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from typer.testing import CliRunner
 
-from client import agent, journal, ledger
+from client import agent, journal, ledger, supervisor
 from client import config as configs
 from client.cli import app
 from client.config import PerformanceSettings
@@ -270,8 +270,29 @@ def test_memory_is_held_against_what_the_dry_batch_took(case_of) -> None:
     for peak, is_enough in ((MIB, True), (10**15, False)):
         case.dry = dry.Dry(peak_bytes=peak, cohort_bytes=MIB)
         found = only(machine.memory(case))
-        assert (found.ok, found.owner) == (is_enough, "this machine")
+        assert found.ok == is_enough
+    assert found.owner == "this machine"
     assert "most_images" in found.cure
+
+
+@pytest.mark.parametrize(
+    ("most_gb", "peak_mb", "is_enough"), [(0.5, 600, False), (2, 600, True), (0, 10_000, False)]
+)
+def test_memory_is_held_against_what_the_worker_may_hold(
+    most_gb: float, peak_mb: int, is_enough: bool, case_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker over its limit is ended in the middle of a round, which is too late to learn it."""
+    monkeypatch.setattr(machine, "available_bytes", lambda: 64 * 1024 * MIB)
+    monkeypatch.setattr(supervisor, "SHARE_OF_MEMORY", 1e-6)
+    case = case_of()
+    limits = case.config.limits.model_copy(update={"max_memory_gb": most_gb})
+    case.config = case.config.model_copy(update={"limits": limits})
+    case.dry = dry.Dry(peak_bytes=peak_mb * MIB, cohort_bytes=MIB)
+    found = only(machine.memory(case))
+    assert (found.ok, found.owner) == (is_enough, "settings")
+    assert "raise limits.max_memory_gb" in found.cure
+    assert ("while it is 0" in found.cure) == (most_gb == 0)
+    assert most_gb == 0 or found.figures["allowed_mb"] == 1024 * most_gb
 
 
 # --- what is installed
