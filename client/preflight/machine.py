@@ -13,7 +13,7 @@ from uuid import uuid4
 from client import ledger
 from client.preflight.base import MIB, Case, Finding, duration, several, size
 from shared_models import journal
-from shared_models.errors import ConsiliaError
+from shared_models.errors import ConsiliaError, MachineError
 from shared_models.files import replace
 from shared_models.signing import load_key, public_key
 
@@ -64,6 +64,31 @@ def disk(case: Case) -> Iterator[Finding]:
     figures = {"free_mb": free // MIB, "needed_mb": needed // MIB}
     cure = "make room on the disk of state_dir, or move it to another"
     yield Finding("disk", free >= needed, said, "this machine", cure, figures)
+
+
+def worker(case: Case) -> Iterator[Finding]:
+    """Yield what the process that reads images can give up on this machine, by starting one."""
+    from client.confinement import STEPS
+    from client.supervisor import confinement_of, exposed
+
+    what, owner = "worker", "this machine"
+    try:
+        lacking = confinement_of(case.config).lacking
+    except MachineError as error:
+        cure = "see whether python -m client.worker can be started by the agent's user"
+        yield Finding(what, False, str(error), owner, cure)
+        return
+    done = ", ".join(sentence for step, (sentence, _) in STEPS.items() if step not in lacking)
+    if not lacking:
+        yield Finding(what, True, done, owner)
+    for step, why in lacking.items():
+        said = f"this machine does not let it be confined in its {step} ({why})"
+        said += f"; otherwise {done}" if done else ""
+        yield Finding(what, None, said, owner, STEPS[step][1])
+    for secret in exposed(case.config):
+        said = f"it may read {secret.name}, which lies in a folder that it is given"
+        cure = "move the keys and state_dir out of data.root and of limits.readable"
+        yield Finding(what, False, said, "settings", cure)
 
 
 def records(case: Case) -> Iterator[Finding]:

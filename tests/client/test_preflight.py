@@ -21,6 +21,7 @@ from client import agent, journal, ledger, supervisor
 from client import config as configs
 from client.cli import app
 from client.config import PerformanceSettings
+from client.confinement import Confinement
 from client.preflight import AREAS, CHECKS, Case, Finding, dry, installed, machine, run, show
 from client.preflight import settings as settings_checks
 from client.preflight.base import MIB
@@ -251,6 +252,37 @@ def test_a_record_that_was_edited_is_found(name: str, case_of, hospital) -> None
     file.write_bytes(file.read_bytes().replace(b"5a5a", b"6b6b"))
     found = only(machine.records(case))
     assert (found.ok, found.owner) == (False, "this machine")
+
+
+def test_what_the_worker_gives_up_is_tried_by_starting_one(case_of) -> None:
+    found = only(machine.worker(case_of()))
+    assert found.ok is not False
+    assert "it reaches no network" in found.said or "confined in its network" in found.said
+
+
+def test_what_the_machine_does_not_let_the_worker_give_up_is_named_with_its_cure(
+    case_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking = Confinement(None, None, "EPERM", None, "ENOSYS")
+    monkeypatch.setattr(supervisor, "confinement_of", lambda _: lacking)
+    network, files = machine.worker(case_of())
+    assert (network.ok, network.owner) == (None, "this machine")
+    assert "in its network (EPERM); otherwise it gains no privilege" in network.said
+    assert "max_user_namespaces" in network.cure
+    assert ("files (ENOSYS)" in files.said, "Landlock" in files.cure) == (True, True)
+
+
+def test_a_key_that_the_worker_may_read_is_named(case_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Confinement(*[None] * 5)
+    monkeypatch.setattr(supervisor, "confinement_of", lambda _: whole)
+    case = case_of()
+    within = case.config.data.root / "keys" / "signing.pem"
+    case.config = case.config.model_copy(update={"signing_key": within})
+    confined, exposed = machine.worker(case)
+    assert confined.ok
+    assert (exposed.ok, exposed.owner) == (False, "settings")
+    assert "signing.pem" in exposed.said
+    assert "move the keys" in exposed.cure
 
 
 def test_memory_is_that_of_the_machine_or_of_its_container(tmp_path: Path) -> None:
