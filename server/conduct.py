@@ -10,6 +10,7 @@ Guarantees:
     What keeps dying without a round more is given up, with a sentence that names the log.
     A site that is enrolled no longer is cut off; one enrolled later is let in.
     A study that needs a person is left alone until that person has acted.
+    The log of all this is bounded, however long it goes on.
     When ``conduct`` is left, nothing that it started is left running.
 
 Design: a server app holds the lock of its run directory as long as it lives, so its death is seen
@@ -183,7 +184,14 @@ class _Desk:
             raise _LostError(f"it ended with {code}")
         if time.monotonic() > self.asked_at + STATUS_S:
             superlink.check()
+            self._bound_log()
             self.asked_at = time.monotonic()
+
+    def _bound_log(self) -> None:
+        try:
+            link.bound_log(self._log)
+        except OSError as error:  # a full disk ends no study
+            log.warning("the SuperLink's log cannot be cut: %s", type(error).__name__)
 
     def _admit(
         self, superlink: link.SuperLink, admitted: dict[str, tuple[str, int]], cut_off: set[str]

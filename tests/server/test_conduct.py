@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -351,6 +352,26 @@ def test_a_revoked_key_that_is_enrolled_again_takes_a_new_superlink(world: World
             until(news, kind)
         until(news, "idle")
         assert list(world.links[-1].nodes.values()) == ["north"]
+
+
+def test_the_log_is_bounded_however_long_it_goes_on(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bounded = functools.partial(link.bound_log, most_bytes=100)
+    monkeypatch.setattr(link, "bound_log", bounded)
+    file = world.tmp_path / "office" / "superlink.log"
+    with world.conducted() as news:
+        until(news, "up")
+        for _ in range(3):
+            file.write_bytes(b"x" * 101)
+            for turns, _ in enumerate(news):
+                assert turns < 3000
+                if not file.stat().st_size:
+                    break
+        file.unlink()
+        file.mkdir()  # nothing that could be cut
+        until(news, "idle")
+        assert len(world.links) == 1
 
 
 def test_a_superlink_that_cannot_be_started_at_first_is_told_at_once(world: World) -> None:

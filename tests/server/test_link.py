@@ -8,6 +8,7 @@ import socket
 import ssl
 import stat
 import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -204,6 +205,43 @@ def wait_for_mark(folder: Path) -> None:
     while not link._marked(link._mark_of(folder)):
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+def test_a_log_over_its_limit_is_moved_while_its_writer_goes_on(tmp_path: Path) -> None:
+    file = tmp_path / "superlink.log"
+    assert not link.bound_log(file, most_bytes=1000), "there is none"
+    line = "import sys\nfor each in sys.stdin: print(each * 100, end='', flush=True)\n"
+    with file.open("ab") as handle:
+        command = [sys.executable, "-c", line]
+        writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=handle, text=True)
+    with writer:
+        assert writer.stdin is not None
+
+        def say(word: str) -> None:
+            before = file.stat().st_size
+            print(word, file=writer.stdin, flush=True)
+            until = time.monotonic() + 20
+            while file.stat().st_size < before + 600:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+
+        say("first")
+        assert not link.bound_log(file, most_bytes=1000)
+        say("again")
+        assert link.bound_log(file, most_bytes=1000)
+        assert file.read_bytes() == b""
+        say("later")
+        assert file.read_text() == "later\n" * 100, "no gap where the earlier lines were"
+        earlier = (tmp_path / "superlink.log.1").read_text()
+        assert len(earlier) == 1000
+        assert earlier.endswith("again\n" * 100)
+        say("later")
+        assert link.bound_log(file, most_bytes=1000)
+        assert "again" not in (tmp_path / "superlink.log.1").read_text()
+    assert sorted(found.name for found in tmp_path.iterdir()) == [
+        "superlink.log",
+        "superlink.log.1",
+    ]
 
 
 def test_flower_stays_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
