@@ -25,6 +25,7 @@ STYLES = {
     "refused": "red",
     "withdrawn": "red",
     "expired": "dim",
+    "closed": "dim",
 }
 WORDS = {
     "offered": "to be decided",
@@ -32,6 +33,7 @@ WORDS = {
     "refused": "refused",
     "withdrawn": "withdrawn",
     "expired": "expired",
+    "closed": "closed",
 }
 BAR = 20
 NEWEST = 8  # so many of what left or was refused are shown

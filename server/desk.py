@@ -14,6 +14,7 @@ Guarantees:
     An older decision never takes a newer one's place; of two of the same time no approval does.
     A site's journal that goes back, or tells another story, is noted for good and gets no receipt.
     A visit told twice leaves what it left the first time.
+    A study that was closed is told to its sites as closed, and cannot be proposed again.
 
 Design: a site that restores an old journal and writes on past the last checkpoint is not found
 here, for the desk does not see the journal; ``consilia-audit verify SITE --checkpoint`` with the
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -69,11 +70,15 @@ log = logging.getLogger(__name__)
 
 
 class Desk(NamedTuple):
-    """The office's folder, the coordinator's key, and the keys of the sites that are enrolled."""
+    """The office's folder, the coordinator's key, and the keys of the sites that are enrolled.
+
+    ``closed`` are the digests of the studies that were closed for good.
+    """
 
     folder: Path
     key: Ed25519PrivateKey
     sites: Mapping[str, SiteKeys]
+    closed: Collection[str] = frozenset()
 
 
 class Study(NamedTuple):
@@ -113,7 +118,7 @@ def visit(desk: Desk, told: Visit, *, site: str, today: date) -> Bulletin:
     if told.site != site or site not in desk.sites:
         raise SignatureError("the visit is not of the enrolled site that made it")
     with _locked(desk.folder):
-        known = studies(desk.folder, today=today)
+        known = studies(desk.folder, today=today, closed=desk.closed)
         offered = [one for one in known if site in one.signed.plan.sites]
         for decided in told.decisions:
             _keep_decision(decided, offered, site, key=desk.sites[site].signing)
@@ -158,7 +163,7 @@ def propose(
     return Study(run_dir, study, signed, "offered", 0)
 
 
-def studies(folder: Path, *, today: date) -> list[Study]:
+def studies(folder: Path, *, today: date, closed: Collection[str] = frozenset()) -> list[Study]:
     """Return the studies of the office; a folder that cannot be read is left out and logged."""
     found = []
     for run_dir in sorted((folder / "studies").glob("*/")):
@@ -168,14 +173,15 @@ def studies(folder: Path, *, today: date) -> list[Study]:
         except ConsiliaError:
             log.warning("the study %s cannot be read and is not offered", run_dir.name)
             continue
-        state = _state(run_dir, signed.plan, today=today)
-        found.append(Study(run_dir, digest(signed.plan), signed, state, done))
+        study = digest(signed.plan)
+        state = _state(run_dir, signed.plan, today=today, is_closed=study in closed)
+        found.append(Study(run_dir, study, signed, state, done))
     return found
 
 
 def sites(desk: Desk, *, today: date) -> list[SiteState]:
     """Return what the coordinator knows of each enrolled site, for its table."""
-    known = studies(desk.folder, today=today)
+    known = studies(desk.folder, today=today, closed=desk.closed)
     return [_site_state(desk.folder, site, known) for site in sorted(desk.sites)]
 
 
@@ -197,6 +203,8 @@ def decision(run_dir: Path, site: str) -> Decision | None:
 
 def _own_objections(desk: Desk, plan: StudyPlan, start: Path | None) -> Iterator[str]:
     own = public_key(desk.key)
+    if digest(plan) in desk.closed:
+        yield "the study was closed, for good; to begin another like it, change the plan's seed"
     if plan.coordinator != own:
         yield f"coordinator: the plan names another key; this one is {own}"
     strangers = [site for site in plan.sites if site not in desk.sites]
@@ -218,11 +226,11 @@ def _digest_of(start: Path) -> str | None:
         return None
 
 
-def _state(run_dir: Path, plan: StudyPlan, *, today: date) -> StudyState:
+def _state(run_dir: Path, plan: StudyPlan, *, today: date, is_closed: bool) -> StudyState:
     """Return where a study stands, by what its run left."""
     if (run_dir / report.JSON_NAME).exists():
         return "finished"
-    if plan.expires < today:
+    if is_closed or plan.expires < today:
         return "closed"
     if store.read_failure(run_dir):
         return "failed"

@@ -3,7 +3,7 @@
 consortium.toml         the consortium's name and addresses (``settings.py``); never overwritten
 signing.pem             the coordinator's signing key
 tls/                    the certificate authority and the servers' certificate (``consortium.py``)
-register.jsonl          all that was done about sites (``register.py``)
+register.jsonl          all that was done about sites, and the studies closed (``register.py``)
 studies/, visits/, ...  what belongs to studies (``desk.py``)
 
 A hospital is invited, asks with keys it made itself, and is let in by the coordinator's people once
@@ -260,6 +260,27 @@ def revoke(office: Office, site: str) -> None:
     with register.writing(office.folder, office.key) as book:
         if _known(book.sites, site).state != "revoked":
             book.add("revoked", site=site)
+
+
+def close(office: Office, study: str) -> None:
+    """Close the study of that digest for good; once more changes nothing.
+
+    Raises:
+        DocumentError: if the register is broken.
+    """
+    with register.writing(office.folder, office.key) as book:
+        if study not in register.closed([line.entry for line in book.lines]):
+            book.add("closed", study=study)
+
+
+def closed(office: Office) -> frozenset[str]:
+    """Return the digests of the studies that were closed.
+
+    Raises:
+        DocumentError: if the register is broken.
+    """
+    lines = register.read(office.folder, key=public_key(office.key))
+    return register.closed([line.entry for line in lines])
 
 
 def renew(office: Office, site: str, signed: SignedJoinRequest) -> SignedAdmission:

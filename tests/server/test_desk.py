@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from server import desk as desks
-from server import store
+from server import report, store
 from server.desk import Desk
 from server.store import RunSettings, SiteKeys
 from shared_models import weights as weights_of
@@ -108,6 +108,21 @@ def test_the_same_plan_again_is_the_same_study(
     told(desk, decided(plan, "approved"))
     assert desks.propose(desk, plan, settings=SETTINGS, today=TODAY).run_dir == offered.run_dir
     assert set(on_file(desk, offered)) == {"north"}
+
+
+def test_a_closed_study_is_told_as_closed_and_cannot_be_proposed_again(
+    desk: Desk, plan: StudyPlan, offered: desks.Study
+) -> None:
+    told(desk, decided(plan, "approved"))
+    assert told(desk).offers[0].state == "offered"
+    store.write_failure(offered.run_dir, ["too few sites"])
+    shut = desk._replace(closed={digest(plan)})
+    (offer,) = told(shut).offers
+    assert offer.state == "closed"
+    with pytest.raises(ConsiliaError, match=r"closed, for good.*seed"):
+        desks.propose(shut, plan, settings=SETTINGS, today=TODAY)
+    (offered.run_dir / report.JSON_NAME).write_text("{}")
+    assert told(shut).offers[0].state == "finished", "it has its report all the same"
 
 
 def test_a_changed_plan_is_a_new_study_that_nobody_approved(
