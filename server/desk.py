@@ -14,6 +14,7 @@ Guarantees:
     An older decision never takes a newer one's place; of two of the same time no approval does.
     A site's journal that goes back, or tells another story, is noted for good and gets no receipt.
     A visit told twice leaves what it left the first time.
+    What one site tells fills no disk: its forks and decisions are kept to a number.
     A study that was closed is told to its sites as closed, and cannot be proposed again.
 
 Design: a site that restores an old journal and writes on past the last checkpoint is not found
@@ -55,13 +56,15 @@ from shared_models.contracts import (
     Visit,
 )
 from shared_models.errors import ConsiliaError, SignatureError
-from shared_models.files import append_line, in_turn, replace
+from shared_models.files import append_line, in_turn, read_tail, replace
 from shared_models.plan import SignedPlan, StudyPlan
 from shared_models.signing import digest, is_signed_by, public_key, sign
 
 SHORT = 12
 RESTORE = "restore it from a copy"
 MOST_OFFERS = 1000  # a bulletin has room for no more
+MOST_FORKS = 100  # of one site's journal that are kept: one is enough to have it audited
+MOST_DECISIONS = 200  # of one site about one study, after which it can only step back
 OPEN: tuple[StudyState, ...] = ("running", "offered")
 
 AnyContract = TypeVar("AnyContract", bound=Contract)
@@ -259,9 +262,21 @@ def _keep_decision(new: Countersignature, offered: Sequence[Study], site: str, *
     if held is not None and is_held and not _is_newer(new, held):
         return
     file.parent.mkdir(exist_ok=True)
+    steps_back = approval.decision != "approved" and _approves(held)
+    if not steps_back and _num_lines(file.with_suffix(".jsonl")) >= MOST_DECISIONS:
+        log.warning("%s: it has decided too often about one study; it can only step back", site)
+        return
     append_line(file.with_suffix(".jsonl"), new.model_dump_json())
     replace(file, new.model_dump_json(indent=2).encode())
     log.info("%s: study %s is %s", site, study.study[:SHORT], approval.decision)
+
+
+def _approves(held: Countersignature | None) -> bool:
+    return held is not None and held.approval.decision == "approved"
+
+
+def _num_lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 def _is_newer(new: Countersignature, held: Countersignature) -> bool:
@@ -278,19 +293,35 @@ def _receipt(desk: Desk, signed: SignedCheckpoint, site: str) -> SignedReceipt |
         log.warning("%s: a checkpoint is not signed by the site's enrolled key", site)
         return None
     file = desk.folder / "checkpoints" / f"{site}.jsonl"
-    held = [one.checkpoint for one in store.read_lines(file, SignedCheckpoint, cure=RESTORE)]
+    held = _held(file, since=point.index)
     if point not in held:
         if _is_late(point, held):
             return None
         is_fork = _is_fork(point, held)
-        _append_once(_forks(desk.folder, site) if is_fork else file, signed)
         if is_fork:
+            _append_once(_forks(desk.folder, site), signed)
             log.warning("%s: its journal is not the one it was; have it audited", site)
             return None
+        file.parent.mkdir(exist_ok=True)
+        append_line(file, signed.model_dump_json())
     receipt = Receipt(
         site=site, checkpoint=digest(point), index=point.index, when=datetime.now(UTC)
     )
     return SignedReceipt(receipt=receipt, signature=sign(receipt, key=desk.key))
+
+
+def _held(file: Path, *, since: int) -> list[Checkpoint]:
+    """Return the checkpoints on file; only the last if ``since`` is past it, as nearly always.
+
+    They stand in the order of their indices, so that a visit costs the same however many there are.
+    """
+    try:
+        last = SignedCheckpoint.model_validate_json(read_tail(file).line).checkpoint
+    except (OSError, ValidationError):  # none yet; or else all are read, and the broken one named
+        last = None
+    if last is not None and last.index < since:
+        return [last]
+    return [one.checkpoint for one in store.read_lines(file, SignedCheckpoint, cure=RESTORE)]
 
 
 def _is_late(point: Checkpoint, held: Sequence[Checkpoint]) -> bool:
@@ -307,7 +338,8 @@ def _is_fork(point: Checkpoint, held: Sequence[Checkpoint]) -> bool:
 
 def _append_once(file: Path, signed: SignedCheckpoint) -> None:
     file.parent.mkdir(exist_ok=True)
-    if signed not in store.read_lines(file, SignedCheckpoint, cure=RESTORE):
+    held = store.read_lines(file, SignedCheckpoint, cure=RESTORE)
+    if signed not in held and len(held) < MOST_FORKS:
         append_line(file, signed.model_dump_json())
 
 

@@ -20,6 +20,9 @@ from typing import Any
 import httpx
 import pytest
 from cryptography import x509
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Metadata as MessageMetadata
+from flwr.app.message import make_message
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import (
@@ -31,6 +34,8 @@ from flwr.proto.message_pb2 import (
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.server.superlink.linkstate import LinkState
+from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
@@ -371,6 +376,65 @@ def test_flowers_own_app_is_as_protected_as_its_command_makes_it(
         wait_until(lambda: shown_on(public) == issued)
         superlink.check()
     assert link._marked(mark) == []
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
+def test_what_nobody_will_ask_for_any_more_does_not_stay_in_memory(tls: TlsFiles) -> None:
+    """Flower's own state: a site that never fetches its orders, and one that replies too late."""
+    state = fleet.flower_app(tls, control_port=1).state.linkstate_factory.state()
+    node_id = state.create_node("owner", "owner", b"key", 30.0)
+    assert state.activate_node(node_id, 30.0)
+    run_id = begun_run(state)
+    orders = [kept_order(state, run_id, node_id, number=number) for number in range(3)]
+    replies = [kept_reply(state, order) for order in orders[:1]]
+    objects, ids = state.object_store, [one.metadata.message_id for one in [*orders, *replies]]
+    assert all(object_id in objects for object_id in ids)
+    fleet.tidy(state, now=time.time())
+    assert all(object_id in objects for object_id in ids), "their time is not over"
+    fleet.tidy(state, now=orders[1].metadata.created_at + orders[1].metadata.ttl)
+    assert [object_id in objects for object_id in ids] == [False, False, True, False]
+    assert (state.num_message_ins(), state.num_message_res()) == (1, 0)
+    assert len(objects) == len(get_all_nested_objects(orders[2]))
+    assert state.finish_task(state.run_ids[run_id].run.primary_task_id, "failed", "killed")
+    fleet.tidy(state, now=time.time())
+    assert (len(objects), state.num_message_ins()) == (0, 0)
+
+
+def begun_run(state: Any) -> int:
+    made: int = state.create_run(
+        None, None, None, {}, NOOP_FEDERATION_ID, None, None, TaskType.SERVER_APP
+    )
+    return made
+
+
+def kept_order(state: Any, run_id: int, node_id: int, *, number: int) -> Message:
+    content = RecordDict({"letter": ConfigRecord({"number": number, "weights": b"x" * 1000})})
+    about = MessageMetadata(
+        run_id=run_id,
+        message_id="",
+        src_node_id=1,
+        dst_node_id=node_id,
+        reply_to_message_id="",
+        group_id="",
+        created_at=time.time(),
+        ttl=60.0 + number * 10,
+        message_type="train",
+    )
+    return kept(state, make_message(about, content))
+
+
+def kept_reply(state: Any, order: Message) -> Message:
+    return kept(state, Message(RecordDict({"late": ConfigRecord({})}), reply_to=order))
+
+
+def kept(state: Any, message: Message) -> Message:
+    message.metadata.__dict__["_message_id"] = message.object_id
+    tree = get_object_tree(message)
+    session = state.start_session(message.metadata.run_id)
+    assert state.store_message_and_object_tree(message, tree, session)[0]
+    for object_id, found in get_all_nested_objects(message).items():
+        state.object_store.put(object_id, found.deflate())
+    return message
 
 
 def listened_on(process: subprocess.Popen[bytes]) -> set[str]:
