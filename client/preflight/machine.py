@@ -71,20 +71,20 @@ def worker(case: Case) -> Iterator[Finding]:
     from client.confinement import STEPS
     from client.supervisor import confinement_of, exposed
 
-    what, owner = "worker", "this machine"
+    what = "worker"
     try:
         lacking = confinement_of(case.config).lacking
     except MachineError as error:
         cure = "see whether python -m client.worker can be started by the agent's user"
-        yield Finding(what, False, str(error), owner, cure)
+        yield Finding(what, False, str(error), "this machine", cure)
         return
     done = ", ".join(sentence for step, (sentence, _) in STEPS.items() if step not in lacking)
     if not lacking:
-        yield Finding(what, True, done, owner)
+        yield Finding(what, True, done, "this machine")
     for step, why in lacking.items():
         said = f"this machine does not let it be confined in its {step} ({why})"
         said += f"; otherwise {done}" if done else ""
-        yield Finding(what, None, said, owner, STEPS[step][1])
+        yield Finding(what, None, said, "this machine", STEPS[step][1])
     for secret in exposed(case.config):
         said = f"it may read {secret.name}, which lies in a folder that it is given"
         cure = "move the keys and state_dir out of data.root and of limits.readable"
