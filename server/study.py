@@ -88,7 +88,15 @@ def _run(run_dir: Path, connect: Callable[[Circle], Ask]) -> StudyReport:
     seconds = time.monotonic() - started + sum(record.seconds for record in before)
     finished = _report(signed, settings, store.read_rounds(run_dir), final, seconds=seconds)
     shutil.rmtree(run_dir / "model", ignore_errors=True)  # by a run killed before its report
-    manifest = release(run_dir / "model", plan, weights, validation=final, sites=finished.sites)
+    manifest = release(
+        run_dir / "model",
+        signed,
+        weights,
+        validation=final,
+        sites=finished.sites,
+        key=load_key(settings.signing_key),
+        modalities=validator.modalities,
+    )
     finished = finished.model_copy(update={"model_bytes": manifest.num_parameters * 4})
     report.write(finished, run_dir)
     store.drop_checkpoints(run_dir)
