@@ -40,6 +40,9 @@ class Choice(NamedTuple):
     with_dicom: bool = True
 
 
+NO_CHOICE = Choice()
+
+
 def predict(
     model: Path,
     study: Path,
@@ -47,7 +50,7 @@ def predict(
     *,
     coordinator: str,
     plugins: Collection[str] = (),
-    choice: Choice = Choice(),
+    choice: Choice = NO_CHOICE,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Prediction:
     """Run the release ``model`` on ``study`` and leave what it says in ``folder``.

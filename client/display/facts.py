@@ -1,4 +1,4 @@
-"""What is said of a model and a study on the pages: from the release and the image, nothing else."""
+"""What is said of a model and a study on the pages: from the release and the image alone."""
 
 from __future__ import annotations
 

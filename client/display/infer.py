@@ -53,17 +53,23 @@ def outputs(prepared: Volume, released: Released) -> Tensor:
     """
     image = torch.from_numpy(np.ascontiguousarray(prepared.data))
     batch = image[None, None] if released.spatial_dims == 3 else image[:, None]
+    parts = [batch[start : start + BATCH] for start in range(0, len(batch), BATCH)]
     try:
-        found = torch.cat([released.net(part).float() for part in batch.split(BATCH)])
+        found = torch.cat([released.net(part).float() for part in parts])
     except RuntimeError:
-        size = " x ".join(str(n) for n in prepared.data.shape)
-        raise DataError(
-            f"an image of {size} voxels after the plan's imaging steps does not fit the model; "
-            "it was made for images of another size"
-        ) from None
+        raise misfit(prepared) from None
     if not torch.isfinite(found).all():
         raise DataError("the model's answer holds values that are no numbers; it cannot be used")
     return found
+
+
+def misfit(prepared: Volume) -> DataError:
+    """Return the error that says that the image's size does not suit the net."""
+    size = " x ".join(str(n) for n in prepared.data.shape)
+    return DataError(
+        f"an image of {size} voxels after the plan's imaging steps does not fit the model; "
+        "it was made for images of another size"
+    )
 
 
 def onto(values: NDArray[np.float32], affine: NDArray[np.float64], grid: Volume) -> NDArray:  # type: ignore[type-arg]

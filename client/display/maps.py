@@ -31,9 +31,15 @@ Labels = NDArray[np.uint8]
 
 
 def read(outputs: Tensor, asked: Asked) -> Result:
-    """Return the regions of all classes on the voxels of the volume that is shown."""
-    names = asked.released.classes
-    labels, best = labelled(_shares(outputs), asked)
+    """Return the regions of all classes on the voxels of the volume that is shown.
+
+    Raises:
+        DataError: if the outputs are not of the voxels the net was given.
+    """
+    names, shares = asked.released.classes, _shares(outputs)
+    if shares.shape[1:] != asked.prepared.data.shape:
+        raise infer.misfit(asked.prepared)
+    labels, best = labelled(shares, asked)
     legend = tuple(
         Legend(name=name, colour=colour)
         for name, colour in zip(names, cycle(COLOURS), strict=False)

@@ -26,7 +26,7 @@ from client.display.codes import SCHEME, coded, plain
 from client.display.pictures import Pixels
 from client.display.prediction import ClassShare, Region
 from client.display.release import Released
-from client.display.study import Study
+from client.display.study import Study, directions
 from shared_models.errors import DataError
 
 logging.getLogger("highdicom").setLevel(logging.CRITICAL)  # it tells what headers say
@@ -114,6 +114,8 @@ def segmentation(
         software_versions=version("consilia"),
         device_serial_number=origin.released.manifest.weights_digest[:16],
     )
+    if "FrameOfReferenceUID" not in found and "PatientOrientation" not in found:
+        found.PatientOrientation = headers[0].get("PatientOrientation") or ""  # type 2C
     return _described(found, origin)
 
 
@@ -194,7 +196,7 @@ def key_image(
         photometric_interpretation=hd.PhotometricInterpretationValues.RGB,
         bits_allocated=8,
         coordinate_system=hd.CoordinateSystemNames.PATIENT,
-        patient_orientation=("L", "P"),
+        patient_orientation=("L", "P"),  # replaced below
         transfer_syntax_uid="1.2.840.10008.1.2.1",
         **_identifiers("OT", origin) | {"instance_number": number},
     )
@@ -206,12 +208,21 @@ def key_image(
     if len(headers) != len(origin.study.slices):
         item.ReferencedFrameNumber = origin.study.slices[slice_].frame + 1
     found.SourceImageSequence = [item]
+    found.PatientOrientation = _orientation(origin.study, source)
     if "Laterality" not in found:
         found.Laterality = ""  # type 2C, which highdicom leaves out
     found.BurnedInAnnotation = "NO"  # what is written into it identifies nobody
     found.ImageType = ["DERIVED", "SECONDARY"]
     found.DerivationDescription = plain(f"model {origin.released.version}; {RESEARCH}")
     return _described(found, origin)
+
+
+def _orientation(study: Study, source: Any) -> Any:
+    """Return where a picture's rows and columns lead to (PS3.3 C.7.6.1.1.1); empty if unknown."""
+    if study.slices[0].position:
+        _, right, _, bottom = directions(study.shown.affine)
+        return [right, bottom]
+    return source.get("PatientOrientation") or ""
 
 
 def _identifiers(modality: str, origin: Origin) -> dict[str, Any]:
@@ -308,7 +319,7 @@ def _colour(colour: str) -> Any:
 
 
 def _in_frames(labels: NDArray[np.uint8], study: Study) -> NDArray[np.uint8]:
-    """Return labels in the order of a multi-frame source's frames; single frames stay as they are."""
+    """Return labels in the order of a multi-frame source's frames; single frames are in order."""
     if not study.slices[0].is_multiframe:
         return labels
     found = np.zeros_like(labels)

@@ -47,7 +47,7 @@ def sheets(study: Study, result: Result, *, plan: StudyPlan) -> Sheets:
     rows, columns = _shown_size(data.shape)
     places = _tiling(data.shape[0], rows, columns)
     is_small = data.shape[0] * rows * columns <= MOST_LOSSLESS_PIXELS
-    encode = (lambda s: _png(s)) if is_small else (lambda s: _jpeg(s))
+    encode = _png if is_small else _jpeg
     images = [_resized(_encoded(plane, levels), rows, columns) for plane in data]
     _, y, x = study.shown.spacing_mm
     labels = result.labels

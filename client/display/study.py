@@ -2,7 +2,8 @@
 
 Guarantees:
     A series is chosen only if it is the only one of the model's modality, or a person chose it.
-    A folder in which a file is no DICOM is refused: it may be a broken slice.
+    A folder in which a file is no DICOM is refused, for it may be a broken slice; not so where its
+    name says that it is something else.
     Nothing of a header, and no file's name, is in any message.
 """
 
@@ -26,12 +27,17 @@ from shared_models.volume import NIFTI, PICTURES, Volume, read_volume
 
 #: Films and plain pictures, which a model cannot tell apart by anything but a header.
 FILMS = ("CR", "DX", "OT")
+#: Endings of what exports put beside images: viewers, licences, notes, tables, pictures of pages.
+BESIDE = frozenset(
+    ".bat .bmp .cmd .css .csv .db .dll .ds_store .exe .gif .htm .html .ico .inf .ini .jar .jpeg "
+    ".jpg .js .json .md .pdf .png .sh .svg .tif .tiff .tsv .txt .xml .xsl .zip".split()
+)
 #: What a doctor must see of whose study it is; for the doctor's page only.
 IDENTITY = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate")
 
 
 class Identity(NamedTuple):
-    """Whose study it is, as the hospital wrote it; empty where it did not, or there is no header."""
+    """Whose study it is, as the hospital wrote it; empty where nobody did."""
 
     name: str = ""
     number: str = ""
@@ -82,7 +88,7 @@ def open_study(
         raise DataError("there is no such study; name a folder of DICOM files, or one file")
     if path.is_file() and path.name.lower().endswith((*NIFTI, *PICTURES)):
         return _plain(read_volume(path), modalities, stated)
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    files = _files(path) if path.is_dir() else [path]
     chosen = _chosen(readers.scan(files), modalities, number)
     volume = readers.read(chosen)
     slices = readers.ordered(chosen)
@@ -101,7 +107,7 @@ def headers(study: Study) -> list[Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they quote header values
             files = dict.fromkeys(one.file for one in study.slices)
-            return [pydicom.dcmread(file) for file in files]
+            return [_with_shared(pydicom.dcmread(file)) for file in files]
     except Exception as error:
         raise DataError(f"cannot read the series' headers again ({type(error).__name__})") from None
 
@@ -110,6 +116,25 @@ def directions(affine: NDArray[np.float64]) -> tuple[str, str, str, str]:
     """Return the letters at a slice's left, right, top and bottom edge: L, R, A, P, H or F."""
     across, down = (_letters(affine[:3, axis]) for axis in (0, 1))
     return across[1], across[0], down[1], down[0]
+
+
+def _with_shared(header: Any) -> Any:
+    """Put what all frames of an enhanced image repeat where highdicom looks for it.
+
+    Pixel measures and orientation are the same in every frame of a series that was read.
+    """
+    shared = header.get("SharedFunctionalGroupsSequence")
+    frames = header.get("PerFrameFunctionalGroupsSequence")
+    for keyword in ("PixelMeasuresSequence", "PlaneOrientationSequence"):
+        if shared and frames and keyword not in shared[0] and keyword in frames[0]:
+            setattr(shared[0], keyword, frames[0][keyword].value)
+    return header
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the files of a folder at any depth that are, or may once have been, DICOM."""
+    found = sorted(file for file in folder.rglob("*") if file.is_file())
+    return [file for file in found if (file.suffix or file.name).lower() not in BESIDE]
 
 
 def _plain(volume: Volume, modalities: Collection[str], stated: str | None) -> Study:

@@ -29,7 +29,7 @@ LABELS = {
     "sensitivity": ("Sensitivity", "of those with the finding, the share it detects"),
     "specificity": ("Specificity", "of those without the finding, the share it clears"),
     "dice": ("Dice", "overlap with the expert's outline; 0 is none, 1 is exact"),
-    "hd95": ("Hausdorff distance, 95 %", "mm; how far its outline strays from the expert's"),
+    "hd95": ("Hausdorff distance, 95 %", "how far its outline strays from the expert's"),
     "ece": ("Calibration error", "how far its certainty is from how often it is right"),
 }
 SCANS = {
