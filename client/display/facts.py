@@ -76,7 +76,7 @@ def _of_answer(asked: Asked, result: Result, *, has_dicom: bool) -> Iterator[str
     share = float(infer.seen(asked.prepared.data.shape, asked.prepared.affine, shown).mean())
     if share < WHOLE:
         yield (
-            f"The model saw {share:.0%} of the image: its own preparation cuts the rest away. "
+            f"The model saw {100 * share:.0f} % of the image: its own preparation cuts the rest away. "
             "It says nothing about what lies outside."
         )
     fine = min(asked.prepared.spacing_mm[1:])

@@ -28,9 +28,13 @@ from shared_models.volume import NIFTI, PICTURES, Volume, read_volume
 #: Films and plain pictures, which a model cannot tell apart by anything but a header.
 FILMS = ("CR", "DX", "OT")
 #: Endings of what exports put beside images: viewers, licences, notes, tables, pictures of pages.
-BESIDE = frozenset(
-    ".bat .bmp .cmd .css .csv .db .dll .ds_store .exe .gif .htm .html .ico .inf .ini .jar .jpeg "
-    ".jpg .js .json .md .pdf .png .sh .svg .tif .tiff .tsv .txt .xml .xsl .zip".split()
+BESIDE = tuple(
+    f".{ending}"
+    for ending in (
+        *("bat", "bmp", "cmd", "css", "csv", "db", "dll", "ds_store", "exe", "gif", "htm", "html"),
+        *("ico", "inf", "ini", "jar", "jpeg", "jpg", "js", "json", "md", "pdf", "png", "sh", "svg"),
+        *("tif", "tiff", "tsv", "txt", "xml", "xsl", "zip"),
+    )
 )
 #: What a doctor must see of whose study it is; for the doctor's page only.
 IDENTITY = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate")
@@ -134,7 +138,7 @@ def _with_shared(header: Any) -> Any:
 def _files(folder: Path) -> list[Path]:
     """Return the files of a folder at any depth that are, or may once have been, DICOM."""
     found = sorted(file for file in folder.rglob("*") if file.is_file())
-    return [file for file in found if (file.suffix or file.name).lower() not in BESIDE]
+    return [file for file in found if not file.name.lower().endswith(BESIDE)]
 
 
 def _plain(volume: Volume, modalities: Collection[str], stated: str | None) -> Study:

@@ -54,7 +54,11 @@ def new_model(
     """Return what writes a release of a net with weights as drawn; keywords change the plan."""
 
     def make(
-        *, name: str = "model", modalities: tuple[str, ...] = ("CT",), scale: float = 1.0, **plan: Any
+        *,
+        name: str = "model",
+        modalities: tuple[str, ...] = ("CT",),
+        scale: float = 1.0,
+        **plan: Any,
     ) -> Model:
         agreed = new_plan(**(UNET | plan))
         num_outputs = len(agreed.task.params["classes"]) + (agreed.task.name == "segmentation")

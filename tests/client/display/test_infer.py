@@ -32,7 +32,11 @@ WHOLE: list[Steps] = [
 INTERPOLATING: list[Steps] = [
     [("resample", {"spacing_mm": [2.5, 1.7, 1.7]})],
     [("resize", {"size": [40, 44]})],
-    [("orient", {}), ("resample", {"spacing_mm": [2.0, 2.0, 2.0]}), ("crop-or-pad", {"size": [40, 48, 48]})],
+    [
+        ("orient", {}),
+        ("resample", {"spacing_mm": [2.0, 2.0, 2.0]}),
+        ("crop-or-pad", {"size": [40, 48, 48]}),
+    ],
     [("resize", {"size": [24, 24, 24]}), ("standardize", {})],
 ]
 

@@ -167,7 +167,10 @@ def test_a_report_tells_the_certainty_of_each_class_in_percent(
     origin_of: Callable[..., Origin], series: Path, tmp_path: Path
 ) -> None:
     origin = origin_of(series)
-    shares = [ClassShare(name="lesion", probability=0.75), ClassShare(name="organ", probability=0.25)]
+    shares = [
+        ClassShare(name="lesion", probability=0.75),
+        ClassShare(name="organ", probability=0.25),
+    ]
     report = written(objects.classes(shares, headers(origin.study), origin), tmp_path / "sr.dcm")
     assert list(numbers(report)) == [
         ("Certainty of Finding", 75.0, "%"),
@@ -192,7 +195,11 @@ def test_a_key_image_names_its_source_and_its_directions(
 @pytest.mark.skipif(VALIDATOR is None, reason="dciodvfy (dicom3tools) is not installed")
 @pytest.mark.parametrize("what", ["segmentation", "classification", "a film"])
 def test_a_validator_finds_no_error_in_any_object(
-    what: str, new_model: Callable[..., Any], classifier: Any, series: Path, tmp_path: Path,
+    what: str,
+    new_model: Callable[..., Any],
+    classifier: Any,
+    series: Path,
+    tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
     model, study = classifier, series
@@ -264,4 +271,5 @@ def test_an_unknown_class_is_told_by_a_private_code() -> None:
 def test_colours_are_those_of_the_study_report() -> None:
     from shared_models.tasks.segmentation import COLOURS
 
-    assert maps.COLOURS == tuple("#%02x%02x%02x" % rgb for rgb in COLOURS.values())
+    expected = ["#{:02x}{:02x}{:02x}".format(*rgb) for rgb in COLOURS.values()]
+    assert list(maps.COLOURS) == expected

@@ -138,7 +138,9 @@ def test_answers_nobody_can_show_are_refused_with_a_sentence(new_model: Callable
     model = new_model()
     found = open_release(model.folder, coordinator=model.coordinator)
     boxes = found._replace(task=found.task._replace(label_kind="boxes"))  # type: ignore[arg-type]
-    with pytest.raises(DocumentError, match="'boxes', which cannot be shown yet; known: class, map"):
+    with pytest.raises(
+        DocumentError, match="'boxes', which cannot be shown yet; known: class, map"
+    ):
         kinds.kind_of(boxes)
     with pytest.raises(DocumentError, match="names 1 classes"):
         kinds.kind_of(found._replace(classes=("organ",)))

@@ -67,7 +67,7 @@ def test_of_two_series_the_one_of_the_models_modality_is_taken(series: Path) -> 
 
 def test_a_series_that_is_no_volume_is_refused_with_the_reason(series: Path) -> None:
     sorted(series.iterdir())[2].unlink()
-    with pytest.raises(DataError, match="1 refused: .*missing"):
+    with pytest.raises(DataError, match=r"1 refused: .*missing"):
         open_study(series, modalities=("CT",))
 
 
