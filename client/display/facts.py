@@ -76,8 +76,8 @@ def _of_answer(asked: Asked, result: Result, *, has_dicom: bool) -> Iterator[str
     share = float(infer.seen(asked.prepared.data.shape, asked.prepared.affine, shown).mean())
     if share < WHOLE:
         yield (
-            f"The model saw {100 * share:.0f} % of the image: its own preparation cuts the rest away. "
-            "It says nothing about what lies outside."
+            f"The model saw {100 * share:.0f} % of the image: its own preparation cuts the rest "
+            "away. It says nothing about what lies outside."
         )
     fine = min(asked.prepared.spacing_mm[1:])
     if fine > COARSER * min(shown.spacing_mm[1:]) and asked.study.kind != "picture":

@@ -87,7 +87,7 @@
   stage.addEventListener("wheel", (event) => {
     if (numSlices === 1 || event.ctrlKey) return;
     event.preventDefault();
-    turned += event.deltaMode === 0 ? event.deltaY / 40 : event.deltaY;
+    turned += event.deltaMode === 0 ? event.deltaY / 100 : event.deltaY;
     const steps = Math.trunc(turned);
     turned -= steps;
     if (steps) go(state.slice + steps);
