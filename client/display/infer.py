@@ -10,7 +10,7 @@ Guarantees:
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import torch
@@ -72,28 +72,49 @@ def misfit(prepared: Volume) -> DataError:
     )
 
 
-def onto(values: NDArray[np.float32], affine: NDArray[np.float64], grid: Volume) -> NDArray:  # type: ignore[type-arg]
+def onto(
+    values: NDArray[np.float32], affine: NDArray[np.float64], grid: Volume
+) -> NDArray[np.float32]:
     """Return ``values`` (z, y, x) with ``affine``, interpolated linearly at the voxels of ``grid``.
 
     Voxels of ``grid`` outside the field of view of ``values`` are 0.
     """
     matrix, offset = _mapping(affine, grid.affine)
+    is_straight = not (matrix - np.diag(np.diag(matrix))).any()
     found = ndimage.affine_transform(
-        values, matrix, offset, output_shape=grid.data.shape, order=1, mode="nearest"
+        values,
+        np.diag(matrix) if is_straight else matrix,  # for a diagonal there is a faster way
+        offset,
+        output_shape=grid.data.shape,
+        order=1,
+        mode="nearest",
     )
-    found *= seen(values.shape, affine, grid)
+    for inside in _inside(values.shape, affine, grid):
+        found *= inside
     return np.asarray(found, np.float32)
 
 
 def seen(shape: tuple[int, ...], affine: NDArray[np.float64], grid: Volume) -> NDArray[np.bool_]:
     """Return which voxels of ``grid`` lie in the field of view of an image, edges included."""
+    found = np.ones(grid.data.shape, bool)
+    for inside in _inside(shape, affine, grid):
+        found &= inside
+    return found
+
+
+def _inside(
+    shape: tuple[int, ...], affine: NDArray[np.float64], grid: Volume
+) -> Iterator[NDArray[np.bool_]]:
+    """Yield for each axis of an image which voxels of ``grid`` lie between its ends.
+
+    What does not depend on an axis of ``grid`` has the size 1 along it.
+    """
     matrix, offset = _mapping(affine, grid.affine)
     axes = np.ogrid[tuple(slice(n) for n in grid.data.shape)]
-    inside = np.ones(grid.data.shape, bool)
     for row, start, size in zip(matrix, offset, shape, strict=True):
-        place = start + sum(step * axis for step, axis in zip(row, axes, strict=True))
-        inside &= (place > -0.5 - 1e-6) & (place < size - 0.5 + 1e-6)
-    return inside
+        parts = [step * axis for step, axis in zip(row, axes, strict=True) if step]
+        place = sum(parts, start=np.full((1, 1, 1), start))
+        yield (place > -0.5 - 1e-6) & (place < size - 0.5 + 1e-6)
 
 
 def are_same_slices(one: Volume, other: Volume) -> bool:

@@ -22,7 +22,7 @@ from shared_models import series as readers
 from shared_models.errors import DataError
 from shared_models.imaging.geometry import orient
 from shared_models.series import Series, Slice
-from shared_models.slices import PROJECTIONS
+from shared_models.slices import PROJECTIONS, QUANTITATIVE
 from shared_models.volume import NIFTI, PICTURES, Volume, read_volume
 
 #: Films and plain pictures, which a model cannot tell apart by anything but a header.
@@ -58,19 +58,21 @@ class Study(NamedTuple):
         shown: the voxels of the answer. Of a DICOM series they are its own, else turned to LPS.
         slices: of a DICOM series, in the volume's order; none otherwise.
         identity: whose it is.
+        is_picture: whether it is a picture file, whose pixels have neither a size nor a unit.
     """
 
     volume: Volume
     shown: Volume
     slices: tuple[Slice, ...]
     identity: Identity
+    is_picture: bool = False
 
     @property
     def kind(self) -> str:
         """What the study was read from."""
         if self.slices:
             return "DICOM series"
-        return "picture" if self.volume.modality in FILMS else "NIfTI volume"
+        return "picture" if self.is_picture else "NIfTI volume"
 
 
 def open_study(
@@ -91,7 +93,12 @@ def open_study(
     if not path.exists():
         raise DataError("there is no such study; name a folder of DICOM files, or one file")
     if path.is_file() and path.name.lower().endswith((*NIFTI, *PICTURES)):
-        return _plain(read_volume(path), modalities, stated)
+        is_picture = path.name.lower().endswith(PICTURES)
+        if is_picture and stated in QUANTITATIVE:
+            raise DataError(
+                f"a picture's greys are no {stated} values; give the DICOM series it was made from"
+            )
+        return _plain(read_volume(path), modalities, stated, is_picture=is_picture)
     files = _files(path) if path.is_dir() else [path]
     chosen = _chosen(readers.scan(files), modalities, number)
     volume = readers.read(chosen)
@@ -141,7 +148,9 @@ def _files(folder: Path) -> list[Path]:
     return [file for file in found if not file.name.lower().endswith(BESIDE)]
 
 
-def _plain(volume: Volume, modalities: Collection[str], stated: str | None) -> Study:
+def _plain(
+    volume: Volume, modalities: Collection[str], stated: str | None, *, is_picture: bool
+) -> Study:
     if stated is not None:
         volume = volume._replace(modality=stated)
     if not _fits(volume.modality, modalities):
@@ -149,9 +158,8 @@ def _plain(volume: Volume, modalities: Collection[str], stated: str | None) -> S
             f"the image counts as {volume.modality}, the model reads {_listed(modalities)}; if the "
             "file is of that modality, which it does not say itself, state it with --modality"
         )
-    is_picture = volume.data.shape[0] == 1
     shown = volume if is_picture else orient()(volume)[0]
-    return Study(volume, shown, (), Identity())
+    return Study(volume, shown, (), Identity(), is_picture)
 
 
 def _chosen(found: Sequence[Series], modalities: Collection[str], number: int | None) -> Series:

@@ -106,6 +106,8 @@ def test_a_picture_goes_with_models_for_films_only(tmp_path: Path) -> None:
     assert open_study(tmp_path / "film.png", modalities=("DX",)).kind == "picture"
     with pytest.raises(DataError, match="counts as OT, the model reads CT"):
         open_study(tmp_path / "film.png", modalities=("CT",))
+    with pytest.raises(DataError, match="greys are no CT values"):
+        open_study(tmp_path / "film.png", modalities=("CT",), stated="CT")
 
 
 def test_the_real_chest_is_chosen_and_the_head_phantoms_scouts_are_not(
