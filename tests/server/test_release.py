@@ -44,7 +44,7 @@ def test_a_release_is_signed_whole_and_names_the_modality_it_was_validated_on(
         tmp_path / "model",
         SignedPlan(plan, sign(plan, key=coordinator_key)),
         weights,
-        validation=final_report(validator, weights),
+        validation=final_report(validator, weights, first=weights),
         sites=(site,),
         key=coordinator_key,
         modalities=validator.modalities,
