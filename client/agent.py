@@ -10,6 +10,7 @@ Guarantees:
     The work for a run that has ended is ended within seconds.
     A reply is pushed again until the SuperLink has all of it, its order expires or the run ends.
     No answer of the SuperLink ends the agent; only ``stop`` does.
+    Once it is to stop, the work in hand is ended within seconds; its order can be given again.
 
 Design: all use of Flower's private modules in a hospital is in this file, and
 ``tests/client/test_agent.py`` fails when a new Flower renames one. Flower's own connection loop is
@@ -71,6 +72,7 @@ from shared_models.signing import write_secret
 HEARTBEAT_S = 10  # the SuperLink counts a site as gone after twice this
 MAX_DELAY_S = 5.0
 TIMEOUT_S = 30.0
+BREAK_S = 0.2
 LINGER_S = 1.0  # the SuperLink drops the replies of a node that leaves before they are claimed
 MAX_ORDER_BYTES = 4 * 2**30
 
@@ -129,7 +131,8 @@ def run(
 ) -> None:
     """Answer the coordinator's orders until ``stop`` is set.
 
-    An order being answered when ``stop`` is set is finished, and its reply pushed once, first.
+    When ``stop`` is set, the work for an order is broken off and nothing is said to it: the
+    coordinator gives the order again to who comes back. A reply that is there is pushed once.
 
     Args:
         link: to the coordinator.
@@ -145,12 +148,15 @@ def run(
         seat = _Seat(client, public_key, stop=stop, bundle=link.bundle, cancel=cancel)
         ended = threading.Event()
         heart = threading.Thread(target=seat.beat, args=(ended,), daemon=True, name="heartbeat")
+        breaker = threading.Thread(target=seat.break_off, args=(ended,), daemon=True, name="stop")
         heart.start()
+        breaker.start()
         try:
             _serve(seat, answer, refuse)
         finally:
             ended.set()
             heart.join()
+            breaker.join()
             seat.leave()
 
 
@@ -213,6 +219,7 @@ class _Seat:
         self.cancel = cancel
         self.node: Node | None = None
         self.working_for: int | None = None
+        self.is_broken_off = False
         self.bundles: dict[int, str] = {}
         self.delivered_at = float("-inf")
 
@@ -263,6 +270,13 @@ class _Seat:
                 self._check_that_somebody_waits(node)
             except RETRIED as error:
                 log.debug("a heartbeat was lost: %s", type(error).__name__)
+
+    def break_off(self, ended: threading.Event) -> None:
+        """Once it is to stop, end the work for the order in hand, each of its steps anew."""
+        while not ended.wait(BREAK_S):
+            if self.stop.is_set() and self.working_for is not None:
+                self.is_broken_off = True
+                self.cancel()
 
     def _check_that_somebody_waits(self, node: Node) -> None:
         if (run_id := self.working_for) is None:
@@ -341,7 +355,11 @@ def _reply(
         order.content = content
         seat.working_for = run_id
         context = Context(run_id, order.metadata.dst_node_id, {}, RecordDict(), {})
-        return app(order, context)
+        reply = app(order, context)
+        if not seat.is_broken_off:
+            return reply
+        log.info("stopped amid an order; once this site is back, it can be given again")
+        return None
     except Exception as error:  # a malformed order must not end the agent
         return refusal_reply(order, refuse, why=f"it could not be read: {type(error).__name__}")
     finally:

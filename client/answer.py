@@ -33,7 +33,7 @@ from client import journal, ledger, masks, outbox, peers, studies
 from client.config import SiteConfig
 from client.gate import Refused, Result, pass_out, refusal
 from client.policy import broken_rules, is_quiet
-from client.supervisor import Supervisor, exposed
+from client.supervisor import Supervisor, exposed, tell
 from client.work import Bench, Cohort, Job, Step, Trainer
 from shared_models.contracts import PrivacyStatement, Reservation, RoundOrder
 from shared_models.errors import ConsiliaError, DataError, LedgerError, MachineError
@@ -129,7 +129,7 @@ def open_site(config_file: Path) -> Iterator[Desk]:
         site = Site(config, key=key, trainer=supervisor)
         ledger.repair(config.state_dir)
         journal.note_config(site.book, config_file)
-        supervisor.start()
+        tell(supervisor, config.state_dir)
         for secret in exposed(config):
             log.warning("the worker may read %s; keep it out of the images' folder", secret.name)
         yield Desk(

@@ -56,6 +56,33 @@ SYSTEM_FILES = (
 DEVICES = ("null", "zero", "full", "random", "urandom", "nvidia*", "dri", "kfd")
 
 
+#: What a worker has done with each step, and what makes a machine allow it.
+STEPS: dict[str, tuple[str, str]] = {
+    "network": (
+        "it reaches no network",
+        "allow user namespaces to the agent's user (sysctl user.max_user_namespaces over 0; on "
+        "Ubuntu kernel.apparmor_restrict_unprivileged_userns = 0, or an AppArmor profile that "
+        "grants userns; under systemd no RestrictNamespaces), or run the agent in a container "
+        "that may make network namespaces",
+    ),
+    "files": (
+        "it opens no file but those it is given",
+        "use Linux 5.13 or later with Landlock among its security modules (lsm=landlock,... at "
+        "boot; see /sys/kernel/security/lsm), and let a container's seccomp profile pass the "
+        "landlock calls",
+    ),
+    "privileges": (
+        "it gains no privilege and keeps none",
+        "let the agent's user call prctl, capget and capset, as seccomp profiles do by default",
+    ),
+    "memory": (
+        "it leaves no image of its memory on disk",
+        "mount /proc so that a process may write its own oom_score_adj",
+    ),
+    "parent": ("it ends with the agent", "let the agent's user call prctl"),
+}
+
+
 class Confines(NamedTuple):
     """What a worker may read, and the scratch folder that it may write to."""
 
@@ -72,12 +99,18 @@ class Confinement(NamedTuple):
     privileges: str | None
     files: str | None
 
+    @property
+    def lacking(self) -> dict[str, str]:
+        """The steps that this machine did not allow, the gravest first, and why."""
+        told: dict[str, str | None] = self._asdict()
+        return {step: why for step in STEPS if (why := told[step]) is not None}
+
     def sentence(self) -> str:
         """Say it for the site's log."""
-        failed = [f"{step} ({why})" for step, why in self._asdict().items() if why is not None]
-        if not failed:
+        if not self.lacking:
             return "the worker is confined: no network, no files but its own"
-        return f"the worker is not confined in everything; this system lacks: {', '.join(failed)}"
+        failed = ", ".join(f"{step} ({why})" for step, why in self.lacking.items())
+        return f"the worker is not confined in everything; this system lacks: {failed}"
 
 
 def readable_by_default() -> tuple[str, ...]:

@@ -281,7 +281,7 @@ def _json(status: Status) -> str:
 
 
 def _by_urgency(one: StudyStatus) -> tuple[int, str]:
-    order = {"offered": 0, "approved": 1, "withdrawn": 2, "refused": 3, "expired": 4}
+    order = {"offered": 0, "approved": 1, "withdrawn": 2, "refused": 3, "expired": 4, "closed": 4}
     return order[one.status], one.name
 
 

@@ -25,6 +25,7 @@ STYLES = {
     "refused": "red",
     "withdrawn": "red",
     "expired": "dim",
+    "closed": "dim",
 }
 WORDS = {
     "offered": "to be decided",
@@ -32,6 +33,7 @@ WORDS = {
     "refused": "refused",
     "withdrawn": "withdrawn",
     "expired": "expired",
+    "closed": "closed",
 }
 BAR = 20
 NEWEST = 8  # so many of what left or was refused are shown
@@ -197,8 +199,21 @@ def _health(status: Status) -> Table:
     rows.add_row("Coordinator", f"{fingerprint(status.coordinator)}; last visit {visited}")
     if status.certificate_days is not None:
         rows.add_row("Certificate", f"{status.certificate_days} days left")
+    rows.add_row("Worker", _worker(status))
     rows.add_row("Disk", f"{size(status.free_mb * 2**20)} free")
     return rows
+
+
+def _worker(status: Status) -> Text:
+    """Return what the process that reads images gave up."""
+    found = status.worker
+    if found is None:
+        return Text("what it gives up is known once the agent has started one")
+    given = f"gave up: {', '.join(found.given_up) or 'nothing'}"
+    if not found.lacking:
+        return Text(given)
+    lacking = ", ".join(f"{one.step} ({one.why})" for one in found.lacking)
+    return Text.assemble(given, "; ", (f"not allowed here: {lacking}", "bold yellow"))
 
 
 def fingerprint(key: str) -> str:

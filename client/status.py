@@ -17,13 +17,15 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, date, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import Field
 
-from client import ledger, studies, visits
+from client import ledger, studies, supervisor, visits
 from client.certificate import days_left
 from client.config import SiteConfig
+from client.confinement import STEPS
 from client.running import is_running
 from client.studies import Known
 from shared_models import journal
@@ -161,6 +163,22 @@ class JournalStatus(Contract):
     num_receipts: Count
 
 
+class Lacking(Contract):
+    """A step that the worker could not take on this machine: why, and what would allow it."""
+
+    step: Name
+    why: Annotated[str, Field(pattern=r"^[A-Za-z0-9]{1,40}$")]
+    cure: str
+
+
+class WorkerStatus(Contract):
+    """What the process that reads images gave up when the agent last started one."""
+
+    when: datetime
+    given_up: tuple[Name, ...]
+    lacking: tuple[Lacking, ...]
+
+
 class Status(Contract):
     """Everything hospital staff are shown."""
 
@@ -180,6 +198,7 @@ class Status(Contract):
     num_refused: Count
     sent_bytes: Count
     journal: JournalStatus
+    worker: WorkerStatus | None = None
     attention: tuple[str, ...]
 
 
@@ -213,6 +232,7 @@ def gather(
         num_refused=len(refused),
         sent_bytes=sum(one.size_bytes for one in left),
         journal=_journal_status(config, lines, fault),
+        worker=_worker_status(config.state_dir),
         attention=(),
     )
     return status.model_copy(update={"attention": tuple(_attention(status))})
@@ -275,6 +295,18 @@ def _journal_status(
         receipt_when=None if last is None else last.when,
         receipt_index=None if last is None else last.index,
         num_receipts=len(receipts or ()),
+    )
+
+
+def _worker_status(state_dir: Path) -> WorkerStatus | None:
+    found = supervisor.told(state_dir)
+    if found is None:
+        return None
+    lacking = found.confinement.lacking
+    return WorkerStatus(
+        when=found.when,
+        given_up=tuple(step for step in STEPS if step not in lacking),
+        lacking=tuple(Lacking(step=s, why=why, cure=STEPS[s][1]) for s, why in lacking.items()),
     )
 
 
@@ -391,6 +423,11 @@ def _attention(status: Status) -> Iterator[str]:
     if not status.is_running:
         yield "The agent is not running: no order is answered. Start it: consilia-site start."
     yield from _link_attention(status)
+    for one in () if status.worker is None else status.worker.lacking:
+        yield (
+            f"The worker that reads images is not confined in its {one.step}: this machine does "
+            f"not allow it ({one.why}). To cure that: {one.cure}."
+        )
     if status.free_mb < FEW_MB:
         yield f"Only {status.free_mb} MB of disk are free where the site keeps its records."
     waiting = [one.name for one in status.studies if one.status == "offered"]

@@ -15,6 +15,7 @@ Guarantees:
     A withdrawal or a refusal killed at any write leaves the study not approved.
     A later decision is later by its date, whatever the clock says.
     An approval that was withdrawn can take part in no secure sum again.
+    Once its coordinator says that a study is closed, no order for it is obeyed.
 
 Design: approval.json is removed before a withdrawal is journalled, and written anew afterwards. So
 whoever finds it approving, while nobody writes in the journal, knows that no withdrawal precedes.
@@ -54,7 +55,7 @@ PLAN, OFFER, APPROVAL = "plan.toml", "offer.json", "approval.json"
 DECISIONS, NOTES, MASK_KEY = "decisions.jsonl", "notes.jsonl", "mask.key"
 SHORT = 12  # so much of a digest names a study to people
 
-Status = Literal["offered", "approved", "refused", "withdrawn", "expired"]
+Status = Literal["offered", "approved", "refused", "withdrawn", "expired", "closed"]
 
 
 class Word(Contract):
@@ -98,7 +99,7 @@ def objections(signed: SignedPlan, site: SiteConfig, *, today: date) -> list[str
 def known(site: SiteConfig, *, key: Ed25519PrivateKey, today: date) -> list[Known]:
     """Return every study this site was offered or decided about, by name; unsigned ones are none.
 
-    ``expired`` is what may no longer run though nobody refused or withdrew it.
+    ``expired`` and ``closed`` is what may no longer run though nobody refused or withdrew it.
     """
     parent = site.state_dir / "studies"
     folders = parent.iterdir() if parent.is_dir() else ()
@@ -152,9 +153,12 @@ def approve(
     """Keep the plan and this site's signature over it; the caller has seen no objections.
 
     Raises:
+        ConsiliaError: if the coordinator has closed the study.
         DocumentError: if the journal is not this site's own; nothing is approved then.
         pydantic.ValidationError: if ``who`` is empty or too long.
     """
+    if _is_closed(folder_of(site, digest(signed.plan))):
+        raise ConsiliaError("the coordinator has closed the study: nothing runs for it any more")
     return _decide(signed, site, key=key, decision="approved", who=who)
 
 
@@ -203,11 +207,14 @@ def withdraw(
 
 
 def approved(study: str, site: SiteConfig, *, key: Ed25519PrivateKey) -> StudyPlan | None:
-    """Return the plan of that digest if this site approved it with its own key, else nothing."""
+    """Return the plan of that digest if this site approved it with its own key, else nothing.
+
+    Nothing as well once its coordinator has closed the study.
+    """
     folder = folder_of(site, study)
     found = _countersignature(folder, study, site, key=key)
     newest = last_decision(study, site, key=key)
-    if found is None or newest is None:
+    if found is None or newest is None or _is_closed(folder):
         return None
     if {found.approval.decision, newest.approval.decision} != {"approved"}:
         return None
@@ -297,6 +304,8 @@ def _known(folder: Path, site: SiteConfig, *, key: Ed25519PrivateKey, today: dat
     status: Status = "offered" if found is None else found.approval.decision
     if status in ("offered", "approved") and signed.plan.expires < today:
         status = "expired"
+    elif status in ("offered", "approved") and _is_closed(folder):
+        status = "closed"
     decision = None if found is None else found.approval
     return Known(study, signed, status, decision, _word(folder))
 
@@ -335,6 +344,11 @@ def _word(folder: Path) -> Word | None:
         return Word.model_validate_json((folder / OFFER).read_bytes())
     except (ValidationError, OSError):
         return None
+
+
+def _is_closed(folder: Path) -> bool:
+    word = _word(folder)
+    return word is not None and word.state == "closed"
 
 
 def _book(site: SiteConfig, key: Ed25519PrivateKey) -> journal.Book:

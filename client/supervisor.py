@@ -25,7 +25,6 @@ import resource
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -33,21 +32,22 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 
 from client.config import SiteConfig
 from client.confinement import Confinement, readable_by_default
 from client.work import Job, Outcome
+from client.worker import HEAD, MAGIC
 from shared_models.contracts import Contract
 from shared_models.errors import DataError, MachineError
+from shared_models.files import replace
 from shared_models.weights import Array
 
-HEAD = struct.Struct("<4sIQ")
-MAGIC = b"job1"
 MOST_DOCUMENT_BYTES = 16 * 2**20
 CHUNK_BYTES = 2**20
 WATCH_S = 0.1
@@ -63,9 +63,18 @@ OUTSIDE = (
     "there, name the folder in limits.readable of site.toml"
 )
 
+TOLD = "worker.json"  # in the state folder: what the agent's worker gave up
+
 Watch = Callable[[], None]
 
 log = logging.getLogger(__name__)
+
+
+class Told(Contract):
+    """What a worker of this site's agent gave up, and when it said so."""
+
+    when: datetime
+    confinement: Confinement
 
 
 class Answer(Contract):
@@ -247,6 +256,28 @@ def confinement_of(config: SiteConfig) -> Confinement:
     """
     with closing(Supervisor(config)) as supervisor:
         return supervisor.confinement()
+
+
+def tell(supervisor: Supervisor, state_dir: Path) -> None:
+    """Write down what the agent's worker gave up, for ``consilia-site status``.
+
+    Nothing is left there if it does not tell: the site answers orders all the same, or refuses.
+    """
+    try:
+        told = Told(when=datetime.now(UTC), confinement=supervisor.confinement())
+        state_dir.mkdir(parents=True, exist_ok=True)
+        replace(state_dir / TOLD, told.model_dump_json().encode())
+    except (MachineError, OSError) as error:
+        log.error("what the worker gave up is not known: %s", type(error).__name__)
+        (state_dir / TOLD).unlink(missing_ok=True)
+
+
+def told(state_dir: Path) -> Told | None:
+    """Return what the last worker that told gave up; None if none did."""
+    try:
+        return Told.model_validate_json((state_dir / TOLD).read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 def most_memory_bytes(max_memory_gb: float) -> float:

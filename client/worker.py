@@ -14,6 +14,7 @@ import faulthandler
 import json
 import logging
 import socket
+import struct
 import sys
 import traceback
 from typing import TYPE_CHECKING
@@ -22,6 +23,9 @@ from client.confinement import Confines, confine
 
 if TYPE_CHECKING:
     from client.work import Trainer
+
+HEAD = struct.Struct("<4sIQ")  # of each message: MAGIC, the bytes of its document, of its vector
+MAGIC = b"job1"
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +41,10 @@ def main() -> None:
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         )
         logging.getLogger("absl").setLevel(logging.ERROR)
-        found = confine(Confines(tuple(told["readable"]), told["scratch"]))
-        from client import supervisor, work
+        found = json.dumps(confine(Confines(tuple(told["readable"]), told["scratch"]))).encode()
+        channel.sendall(HEAD.pack(MAGIC, len(found), 0) + found)  # at once: imports take long
+        from client import work
 
-        supervisor.send(channel, json.dumps(found).encode(), None)
         work.warm_up()
         serve(channel, work.Bench())
 

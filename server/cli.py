@@ -145,7 +145,8 @@ def studies(office: OfficeDir = Path(), as_json: AsJson = False) -> None:
     from server import desk
     from server import office as offices
 
-    known = desk.studies(offices.read(office).folder, today=_today())
+    home = offices.read(office)
+    known = desk.studies(home.folder, today=_today(), closed=offices.closed(home))
     said = [{site: desk.decision(o.run_dir, site) for site in o.signed.plan.sites} for o in known]
     if as_json:
         rows = [
@@ -172,11 +173,12 @@ def run(
 ) -> None:
     """Run a study, or what is left of it; 'serve' does the work and must be running."""
     from server import follow as follows
+    from server import office as offices
     from server import report as reports
     from server import serve as serving
 
     run_dir = _study(office, study)
-    serving.want(run_dir)
+    serving.want(offices.read(office), run_dir)
     if not follow:
         print(f"study {run_dir.name} is run as long as 'consilia-coordinator serve' is running")
         return
@@ -196,6 +198,20 @@ def stop(
     run_dir = _study(office, study)
     serving.want_no_more(run_dir)
     print(f"study {run_dir.name} is stopped; its finished rounds are kept")
+
+
+@app.command()
+def close(
+    study: Annotated[str, typer.Argument(help="The study's digest, or its beginning.")],
+    office: OfficeDir = Path(),
+) -> None:
+    """Close a study that is over or abandoned, for good: it takes no more orders."""
+    from server import office as offices
+    from server import serve as serving
+
+    run_dir = _study(office, study)
+    serving.close(offices.read(office), run_dir)
+    print(f"study {run_dir.name} is closed, which cannot be undone; its sites hear so next time")
 
 
 @app.command()
@@ -359,7 +375,7 @@ def propose(
         notes=tuple(note or ()),
     )
     found = desk.propose(
-        desk.Desk(home.folder, home.key, offices.enrolled(home)),
+        desk.Desk(home.folder, home.key, offices.enrolled(home), offices.closed(home)),
         plans.read(plan).plan,
         settings=settings,
         today=_today(),

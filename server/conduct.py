@@ -10,6 +10,7 @@ Guarantees:
     What keeps dying without a round more is given up, with a sentence that names the log.
     A site that is enrolled no longer is cut off; one enrolled later is let in.
     A study that needs a person is left alone until that person has acted.
+    The log of all this is bounded, however long it goes on.
     When ``conduct`` is left, nothing that it started is left running.
 
 Design: a server app holds the lock of its run directory as long as it lives, so its death is seen
@@ -32,6 +33,7 @@ from typing import Literal, NamedTuple
 
 from server import link, report, store
 from server.consortium import TlsFiles
+from shared_models.envelope import BUNDLE_DIGEST
 from shared_models.errors import ConsiliaError, DocumentError, MachineError, RunError
 
 POLL_S = 0.2
@@ -182,7 +184,14 @@ class _Desk:
             raise _LostError(f"it ended with {code}")
         if time.monotonic() > self.asked_at + STATUS_S:
             superlink.check()
+            self._bound_log()
             self.asked_at = time.monotonic()
+
+    def _bound_log(self) -> None:
+        try:
+            link.bound_log(self._log)
+        except OSError as error:  # a full disk ends no study
+            log.warning("the SuperLink's log cannot be cut: %s", type(error).__name__)
 
     def _admit(
         self, superlink: link.SuperLink, admitted: dict[str, tuple[str, int]], cut_off: set[str]
@@ -219,12 +228,17 @@ class _Desk:
         elif study.run_id is not None:
             yield from self._watched(superlink, study, is_running=is_running)
         elif time.monotonic() >= study.not_before and not is_running:
-            self._begin(superlink, study)
+            try:
+                self._begin(superlink, study)
+            except RunError as error:
+                store.write_failure(run_dir, error.objections)  # told in the next turn
+                return
             yield News("begun", run_dir)
 
     def _begin(self, superlink: link.SuperLink, study: _Study) -> None:
         app_dir = link.thin_app(self.place.folder / "app")
-        study.run_id = superlink.submit(app_dir, {"run-dir": str(study.run_dir)})
+        told = {"run-dir": str(study.run_dir)}
+        study.run_id = superlink.submit(app_dir, told, bundle=BUNDLE_DIGEST)
         study.begun_at = study.asked_at = time.monotonic()
 
     def _watched(

@@ -14,6 +14,8 @@ Guarantees:
     An older decision never takes a newer one's place; of two of the same time no approval does.
     A site's journal that goes back, or tells another story, is noted for good and gets no receipt.
     A visit told twice leaves what it left the first time.
+    What one site tells fills no disk: its forks and decisions are kept to a number.
+    A study that was closed is told to its sites as closed, and cannot be proposed again.
 
 Design: a site that restores an old journal and writes on past the last checkpoint is not found
 here, for the desk does not see the journal; ``consilia-audit verify SITE --checkpoint`` with the
@@ -24,7 +26,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -54,13 +56,15 @@ from shared_models.contracts import (
     Visit,
 )
 from shared_models.errors import ConsiliaError, SignatureError
-from shared_models.files import append_line, in_turn, replace
+from shared_models.files import append_line, in_turn, read_tail, replace
 from shared_models.plan import SignedPlan, StudyPlan
 from shared_models.signing import digest, is_signed_by, public_key, sign
 
 SHORT = 12
 RESTORE = "restore it from a copy"
 MOST_OFFERS = 1000  # a bulletin has room for no more
+MOST_FORKS = 100  # of one site's journal that are kept: one is enough to have it audited
+MOST_DECISIONS = 200  # of one site about one study, after which it can only step back
 OPEN: tuple[StudyState, ...] = ("running", "offered")
 
 AnyContract = TypeVar("AnyContract", bound=Contract)
@@ -69,11 +73,15 @@ log = logging.getLogger(__name__)
 
 
 class Desk(NamedTuple):
-    """The office's folder, the coordinator's key, and the keys of the sites that are enrolled."""
+    """The office's folder, the coordinator's key, and the keys of the sites that are enrolled.
+
+    ``closed`` are the digests of the studies that were closed for good.
+    """
 
     folder: Path
     key: Ed25519PrivateKey
     sites: Mapping[str, SiteKeys]
+    closed: Collection[str] = frozenset()
 
 
 class Study(NamedTuple):
@@ -113,7 +121,7 @@ def visit(desk: Desk, told: Visit, *, site: str, today: date) -> Bulletin:
     if told.site != site or site not in desk.sites:
         raise SignatureError("the visit is not of the enrolled site that made it")
     with _locked(desk.folder):
-        known = studies(desk.folder, today=today)
+        known = studies(desk.folder, today=today, closed=desk.closed)
         offered = [one for one in known if site in one.signed.plan.sites]
         for decided in told.decisions:
             _keep_decision(decided, offered, site, key=desk.sites[site].signing)
@@ -158,7 +166,7 @@ def propose(
     return Study(run_dir, study, signed, "offered", 0)
 
 
-def studies(folder: Path, *, today: date) -> list[Study]:
+def studies(folder: Path, *, today: date, closed: Collection[str] = frozenset()) -> list[Study]:
     """Return the studies of the office; a folder that cannot be read is left out and logged."""
     found = []
     for run_dir in sorted((folder / "studies").glob("*/")):
@@ -168,14 +176,15 @@ def studies(folder: Path, *, today: date) -> list[Study]:
         except ConsiliaError:
             log.warning("the study %s cannot be read and is not offered", run_dir.name)
             continue
-        state = _state(run_dir, signed.plan, today=today)
-        found.append(Study(run_dir, digest(signed.plan), signed, state, done))
+        study = digest(signed.plan)
+        state = _state(run_dir, signed.plan, today=today, is_closed=study in closed)
+        found.append(Study(run_dir, study, signed, state, done))
     return found
 
 
 def sites(desk: Desk, *, today: date) -> list[SiteState]:
     """Return what the coordinator knows of each enrolled site, for its table."""
-    known = studies(desk.folder, today=today)
+    known = studies(desk.folder, today=today, closed=desk.closed)
     return [_site_state(desk.folder, site, known) for site in sorted(desk.sites)]
 
 
@@ -197,6 +206,8 @@ def decision(run_dir: Path, site: str) -> Decision | None:
 
 def _own_objections(desk: Desk, plan: StudyPlan, start: Path | None) -> Iterator[str]:
     own = public_key(desk.key)
+    if digest(plan) in desk.closed:
+        yield "the study was closed, for good; to begin another like it, change the plan's seed"
     if plan.coordinator != own:
         yield f"coordinator: the plan names another key; this one is {own}"
     strangers = [site for site in plan.sites if site not in desk.sites]
@@ -218,11 +229,11 @@ def _digest_of(start: Path) -> str | None:
         return None
 
 
-def _state(run_dir: Path, plan: StudyPlan, *, today: date) -> StudyState:
+def _state(run_dir: Path, plan: StudyPlan, *, today: date, is_closed: bool) -> StudyState:
     """Return where a study stands, by what its run left."""
     if (run_dir / report.JSON_NAME).exists():
         return "finished"
-    if plan.expires < today:
+    if is_closed or plan.expires < today:
         return "closed"
     if store.read_failure(run_dir):
         return "failed"
@@ -251,9 +262,21 @@ def _keep_decision(new: Countersignature, offered: Sequence[Study], site: str, *
     if held is not None and is_held and not _is_newer(new, held):
         return
     file.parent.mkdir(exist_ok=True)
+    steps_back = approval.decision != "approved" and _approves(held)
+    if not steps_back and _num_lines(file.with_suffix(".jsonl")) >= MOST_DECISIONS:
+        log.warning("%s: it has decided too often about one study; it can only step back", site)
+        return
     append_line(file.with_suffix(".jsonl"), new.model_dump_json())
     replace(file, new.model_dump_json(indent=2).encode())
     log.info("%s: study %s is %s", site, study.study[:SHORT], approval.decision)
+
+
+def _approves(held: Countersignature | None) -> bool:
+    return held is not None and held.approval.decision == "approved"
+
+
+def _num_lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 def _is_newer(new: Countersignature, held: Countersignature) -> bool:
@@ -270,19 +293,35 @@ def _receipt(desk: Desk, signed: SignedCheckpoint, site: str) -> SignedReceipt |
         log.warning("%s: a checkpoint is not signed by the site's enrolled key", site)
         return None
     file = desk.folder / "checkpoints" / f"{site}.jsonl"
-    held = [one.checkpoint for one in store.read_lines(file, SignedCheckpoint, cure=RESTORE)]
+    held = _held(file, since=point.index)
     if point not in held:
         if _is_late(point, held):
             return None
         is_fork = _is_fork(point, held)
-        _append_once(_forks(desk.folder, site) if is_fork else file, signed)
         if is_fork:
+            _append_once(_forks(desk.folder, site), signed)
             log.warning("%s: its journal is not the one it was; have it audited", site)
             return None
+        file.parent.mkdir(exist_ok=True)
+        append_line(file, signed.model_dump_json())
     receipt = Receipt(
         site=site, checkpoint=digest(point), index=point.index, when=datetime.now(UTC)
     )
     return SignedReceipt(receipt=receipt, signature=sign(receipt, key=desk.key))
+
+
+def _held(file: Path, *, since: int) -> list[Checkpoint]:
+    """Return the checkpoints on file; only the last if ``since`` is past it, as nearly always.
+
+    They stand in the order of their indices, so that a visit costs the same however many there are.
+    """
+    try:
+        last = SignedCheckpoint.model_validate_json(read_tail(file).line).checkpoint
+    except (OSError, ValidationError):  # none yet; or else all are read, and the broken one named
+        last = None
+    if last is not None and last.index < since:
+        return [last]
+    return [one.checkpoint for one in store.read_lines(file, SignedCheckpoint, cure=RESTORE)]
 
 
 def _is_late(point: Checkpoint, held: Sequence[Checkpoint]) -> bool:
@@ -299,7 +338,8 @@ def _is_fork(point: Checkpoint, held: Sequence[Checkpoint]) -> bool:
 
 def _append_once(file: Path, signed: SignedCheckpoint) -> None:
     file.parent.mkdir(exist_ok=True)
-    if signed not in store.read_lines(file, SignedCheckpoint, cure=RESTORE):
+    held = store.read_lines(file, SignedCheckpoint, cure=RESTORE)
+    if signed not in held and len(held) < MOST_FORKS:
         append_line(file, signed.model_dump_json())
 
 

@@ -11,6 +11,9 @@ Guarantees:
     A request from outside is read to a limit and within a limit of time, or not at all.
     Only nodes whose keys are enrolled are answered, and no dependency is ever installed.
     Who pushes what belongs to a run of an earlier SuperLink is told that the run has ended.
+    What nobody will ask for any more does not stay in memory: orders and replies past their time,
+        and all that belonged to a run that has ended.
+    A certificate issued anew is shown to whoever connects from then on; nobody is cut off by it.
 
 Design: a request passes only if its path is, byte for byte, one of ``PATHS``, and what the app is
 then shown is that constant; there is nothing to normalise, so nothing to trick. What a connection
@@ -23,8 +26,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import signal
+import ssl
+import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +41,8 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.consortium import TlsFiles
+
+log = logging.getLogger(__name__)
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -66,6 +74,8 @@ BODY_S = 120.0  # for a body: the largest chunk at 0.4 Mbit/s
 TURN_S = 300.0  # for an answer to be taken: the same at half of that, and Flower's own work
 MOST_CONNECTIONS = 256  # an agent holds two; times the largest body this is 2 GiB at the very worst
 STOP_S = 2
+TIDY_S = 30.0  # how often what is past its time is dropped
+RENEWAL_S = 1.0  # how often it is seen whether the certificate was issued anew
 ENDED = 403  # what Flower answers about a run that has ended; 401 is for who is not believed
 
 #: Would open Flower's earlier, gRPC interfaces, on all addresses.
@@ -206,6 +216,36 @@ def forgotten_runs(app: FastAPI) -> Callable[[str, bytes], bool]:
     return is_forgotten
 
 
+def tidy(state: Any, *, now: float) -> None:
+    """Drop from Flower's state in memory what is past its time at ``now`` (seconds since 1970).
+
+    Flower drops an order's weights once its site has fetched them, and a reply's once they were
+    read. A site that never fetches its orders, or replies too late, would else fill the memory.
+    """
+    with state.lock:
+        over = {
+            message_id
+            for message_id, message in state.message_ins_store.items()
+            if message.metadata.created_at + message.metadata.ttl <= now
+        }
+        answered = over & state.message_ins_id_to_message_res_id.keys()
+        replies = {state.message_ins_id_to_message_res_id[message_id] for message_id in answered}
+        state.delete_messages(over)
+        run_ids = set(state.run_ids)
+    for object_id in over | replies:
+        state.object_store.delete(object_id)
+    for run_id, status in state.get_run_status(run_ids).items():
+        if status.status == "finished":
+            state.cleanup_run(run_id)
+
+
+async def tidying(state: Any) -> None:
+    """Keep Flower's state tidy until this is cancelled."""
+    while True:
+        await asyncio.sleep(TIDY_S)
+        await asyncio.to_thread(tidy, state, now=time.time())
+
+
 def servers(
     app: App,
     tls: TlsFiles,
@@ -255,10 +295,32 @@ def main() -> None:
         control_port=given.control_port,
         is_forgotten=forgotten_runs(app),
     )
-    asyncio.run(_serve(*both))
+    asyncio.run(_serve(*both, tls=tls, state=app.state.linkstate_factory.state()))
 
 
-async def _serve(control: uvicorn.Server, public: uvicorn.Server) -> None:
+async def renewing(tls: TlsFiles, *shown_by: uvicorn.Server) -> None:
+    """Have the servers show the certificate as it is issued anew, until this is cancelled.
+
+    A pair that does not fit, as while one of its files is being replaced, is looked at again.
+    """
+    shown, level = None, logging.WARNING
+    while True:
+        await asyncio.sleep(RENEWAL_S)
+        try:
+            found = tls.certificate.read_bytes(), tls.key.read_bytes()
+            if found != shown:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key)
+                for context in (server.config.ssl for server in shown_by if server.config.ssl):
+                    context.load_cert_chain(tls.certificate, tls.key)
+            shown, level = found, logging.WARNING
+        except OSError as error:  # ssl.SSLError as well
+            log.log(level, "the certificate cannot be read anew: %s", type(error).__name__)
+            level = logging.DEBUG  # once is enough
+
+
+async def _serve(
+    control: uvicorn.Server, public: uvicorn.Server, *, tls: TlsFiles, state: Any
+) -> None:
     """Run both servers until a signal comes or one of them ends."""
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
@@ -269,7 +331,13 @@ async def _serve(control: uvicorn.Server, public: uvicorn.Server) -> None:
         await asyncio.sleep(0.02)
     if control.started:
         running.append(asyncio.create_task(public.serve()))
-    await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+    chores = [
+        asyncio.create_task(renewing(tls, control, public)),
+        asyncio.create_task(tidying(state)),
+    ]
+    await asyncio.wait([*running, *chores], return_when=asyncio.FIRST_COMPLETED)
+    for chore in chores:
+        chore.cancel()
     is_asked = stopped.is_set()
     stopped.set()
     for server, task in zip((public, control), reversed(running[1:]), strict=False):

@@ -7,6 +7,8 @@ Guarantees:
     When ``superlink`` is left, no process that it or its SuperLink started is left.
     What an earlier one that was killed has left running is ended before the next starts.
     Two coordinators do not run one SuperLink's folder at once.
+    A bundle that sites would not obey is not submitted.
+    A log that ``bound_log`` looks after takes no more than twice its limit, and a moment's growth.
 
 Design: Flower's own commands cost more than a second each, so enrolment and submission use the
 client class behind them. Flower's private modules are used here, in ``server/fleet.py``,
@@ -20,6 +22,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -66,6 +69,7 @@ STOP_S = 5.0
 POLL_S = 0.1
 MARK = "CONSILIA_SUPERLINK"  # in the environment of everything a SuperLink starts: whose it is
 LOCK = "superlink.lock"
+MOST_LOG_BYTES = 16 * 2**20
 LOOPBACK = ip_address("127.0.0.1")
 
 log = logging.getLogger(__name__)
@@ -140,14 +144,27 @@ class SuperLink(NamedTuple):
         except RunError as error:  # Flower stumbles over a node that never came, once it is removed
             log.debug("node %d was not unregistered: %s", node_id, error)
 
-    def submit(self, app_dir: Path, run_config: Mapping[str, str | int | float | bool]) -> int:
+    def submit(
+        self,
+        app_dir: Path,
+        run_config: Mapping[str, str | int | float | bool],
+        *,
+        bundle: str | None = None,
+    ) -> int:
         """Start a run of the app in ``app_dir`` and return its id.
 
+        ``bundle`` is the digest that its bundle must have; without it, any.
+
         Raises:
-            RunError: if the SuperLink refuses.
+            RunError: if the bundle has another digest, or the SuperLink refuses.
         """
-        bundle = build_fab_from_disk(app_dir)
-        fab = Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})
+        packed = build_fab_from_disk(app_dir)
+        fab = Fab(hashlib.sha256(packed).hexdigest(), packed, {})
+        if bundle is not None and bundle != fab.hash_str:
+            raise RunError(
+                f"this machine packs the app bundle as {fab.hash_str[:12]}, and sites obey the one "
+                f"known as {bundle[:12]}: install the versions that constraints.txt names"
+            )
         request = StartRunRequest(
             fab=fab_to_proto(fab), override_config=user_config_to_proto(dict(run_config))
         )
@@ -209,6 +226,24 @@ def thin_app(folder: Path) -> Path:
     return folder
 
 
+def bound_log(log_file: Path, *, most_bytes: int = MOST_LOG_BYTES) -> bool:
+    """Move what a log holds to ``<name>.1`` once it is over ``most_bytes``; tell whether it was.
+
+    Its writers append, and go on doing so at its new beginning: they hold it open, and no pipe
+    stands between that a kill could break. What they say between the copy and the cut is lost.
+    """
+    if not log_file.exists() or log_file.stat().st_size <= most_bytes:
+        return False
+    earlier = log_file.with_name(f"{log_file.name}.1")
+    partial = log_file.with_name(f".{log_file.name}.tmp")
+    with log_file.open("rb") as source, partial.open("wb") as target:
+        source.seek(-most_bytes, os.SEEK_END)
+        shutil.copyfileobj(source, target)
+    partial.replace(earlier)
+    os.truncate(log_file, 0)
+    return True
+
+
 @contextmanager
 def superlink(
     folder: Path, *, tls: TlsFiles, port: int, log_file: Path, host: str = "127.0.0.1"
@@ -238,6 +273,7 @@ def _started(
     control_port = free_port()
     control = f"127.0.0.1:{control_port}"
     (home / "config.toml").write_text(_connection(control, tls.authority))
+    bound_log(log_file)
     with log_file.open("ab") as handle:
         process = subprocess.Popen(
             _command(tls, host=host, port=port, control_port=control_port),

@@ -3,7 +3,7 @@
 consortium.toml         the consortium's name and addresses (``settings.py``); never overwritten
 signing.pem             the coordinator's signing key
 tls/                    the certificate authority and the servers' certificate (``consortium.py``)
-register.jsonl          all that was done about sites (``register.py``)
+register.jsonl          all that was done about sites, and the studies closed (``register.py``)
 studies/, visits/, ...  what belongs to studies (``desk.py``)
 
 A hospital is invited, asks with keys it made itself, and is let in by the coordinator's people once
@@ -50,6 +50,7 @@ from shared_models.contracts import (
 )
 from shared_models.errors import ConsiliaError, DocumentError, SignatureError
 from shared_models.files import create as create_file
+from shared_models.files import in_turn
 from shared_models.plan import read_text
 from shared_models.signing import create_key, digest, is_signed_by, load_key, public_key, sign
 from shared_models.words import are_same, words
@@ -126,7 +127,10 @@ def certify(office: Office) -> TlsFiles:
     hosts = [address.rpartition(":")[0].strip("[]") for address in addresses]
     # Flower's own processes reach the SuperLink on this machine by the same certificate
     unique = list(dict.fromkeys([*hosts, "127.0.0.1"]))
-    return consortium.current(office.folder / "tls", hosts=unique, now=datetime.now(UTC))
+    folder = office.folder / "tls"
+    folder.mkdir(exist_ok=True)
+    with in_turn(folder / "tls.lock"):  # or one's key would come to lie beside the other's
+        return consortium.current(folder, hosts=unique, now=datetime.now(UTC))
 
 
 def sites(office: Office) -> dict[str, Site]:
@@ -256,6 +260,27 @@ def revoke(office: Office, site: str) -> None:
     with register.writing(office.folder, office.key) as book:
         if _known(book.sites, site).state != "revoked":
             book.add("revoked", site=site)
+
+
+def close(office: Office, study: str) -> None:
+    """Close the study of that digest for good; once more changes nothing.
+
+    Raises:
+        DocumentError: if the register is broken.
+    """
+    with register.writing(office.folder, office.key) as book:
+        if study not in register.closed([line.entry for line in book.lines]):
+            book.add("closed", study=study)
+
+
+def closed(office: Office) -> frozenset[str]:
+    """Return the digests of the studies that were closed.
+
+    Raises:
+        DocumentError: if the register is broken.
+    """
+    lines = register.read(office.folder, key=public_key(office.key))
+    return register.closed([line.entry for line in lines])
 
 
 def renew(office: Office, site: str, signed: SignedJoinRequest) -> SignedAdmission:

@@ -1,4 +1,6 @@
-"""The coordinator's register of sites: an append-only file of signed lines, each bound to the last.
+"""The coordinator's register: an append-only file of signed lines, each bound to the last.
+
+It holds what was done about sites, and which studies were closed for good.
 
 Guarantees:
     A line edited, removed, doubled or moved, or signed by another key, is found before it counts.
@@ -7,7 +9,8 @@ Guarantees:
 
 Design: what every site is, is a value computed from the lines (``sites``); there is no other record
 of it. The chain shows a line dropped from the middle to whoever reads the file, and one dropped
-from the end to whoever kept a later ``head``.
+from the end to whoever kept a later ``head``. A line that closes a study is of another version,
+which an earlier program does not read: it would go on with the study.
 """
 
 from __future__ import annotations
@@ -22,7 +25,12 @@ from typing import Any, Literal, NamedTuple, Self
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from pydantic import ValidationError, model_validator
+from pydantic import (
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from server.consortium import public_key_of
 from shared_models.contracts import (
@@ -44,7 +52,9 @@ from shared_models.signing import canonical, digest, is_signed_by, public_key, s
 FILE = "register.jsonl"
 NOTHING = "0" * 64
 
-EntryKind = Literal["opened", "invited", "requested", "accepted", "refused", "renewed", "revoked"]
+EntryKind = Literal[
+    "opened", "invited", "requested", "accepted", "refused", "renewed", "revoked", "closed"
+]
 State = Literal["invited", "pending", "enrolled", "refused", "revoked"]
 
 #: The fields each kind of entry has; it has no others.
@@ -56,17 +66,20 @@ FIELDS: dict[EntryKind, tuple[str, ...]] = {
     "refused": ("site", "digest"),
     "renewed": ("site", "request", "certificate"),
     "revoked": ("site",),
+    "closed": ("study",),
 }
 
 
 class Entry(Contract):
-    """One thing that was done about a site; ``digest`` is of the request that was decided on.
+    """One thing that was done about a site or, in version 2, about the ``study`` of that digest.
+
+    ``digest`` is of the request that was decided on.
 
     ``previous`` is the digest of the signed line before this one, zeros for the first, which states
     the coordinator's public ``key``.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 1
     index: Count
     previous: Digest
     when: datetime
@@ -77,6 +90,14 @@ class Entry(Contract):
     request: SignedJoinRequest | None = None
     digest: Digest | None = None
     certificate: Pem | None = None
+    study: Digest | None = None
+
+    @model_serializer(mode="wrap")
+    def _leave_version_1_as_it_was(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = dump(self)
+        if self.schema_version == 1:
+            found.pop("study", None)
+        return found
 
     @model_validator(mode="after")
     def _check_that_the_fields_are_the_kinds(self) -> Self:
@@ -84,6 +105,8 @@ class Entry(Contract):
         given = {name for name, value in self if value is not None} - common
         if given != set(FIELDS[self.kind]):
             raise ValueError(f"expected of '{self.kind}' exactly {', '.join(FIELDS[self.kind])}")
+        if (self.kind == "closed") is not (self.schema_version == 2):
+            raise ValueError("expected version 2 where a study is closed, and only there")
         return self
 
 
@@ -136,6 +159,7 @@ class Book:
     def add(self, kind: EntryKind, **fields: Any) -> None:
         """Write an entry down, durably."""
         entry = Entry(
+            schema_version=2 if kind == "closed" else 1,
             index=len(self.lines),
             previous=digest(self.lines[-1]) if self.lines else NOTHING,
             when=datetime.now(UTC),
@@ -187,6 +211,11 @@ def sites(entries: Sequence[Entry]) -> dict[str, Site]:
         if entry.site is not None:
             found[entry.site] = _after(found.get(entry.site), entry)
     return found
+
+
+def closed(entries: Sequence[Entry]) -> frozenset[str]:
+    """Return the digests of the studies that take no more orders."""
+    return frozenset(entry.study for entry in entries if entry.study is not None)
 
 
 @lru_cache(maxsize=4096)

@@ -1,7 +1,9 @@
 """Released weights and what must be known about them, side by side.
 
-The folder holds ``weights.safetensors`` and ``manifest.json`` (a ``ReleaseManifest``). It is made
-beside its place and moved there whole.
+The folder holds ``weights.safetensors``, ``manifest.json`` (a ``ReleaseManifest``),
+``signature.json`` (the coordinator's over the manifest) and ``plan.toml``, signed too: all that a
+hospital needs to check what it was given and to use it (``client.display.release``). The folder is
+made beside its place and moved there whole.
 """
 
 from __future__ import annotations
@@ -10,11 +12,19 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from shared_models import weights as weights_of
-from shared_models.contracts import Evaluation, ReleaseManifest, SiteResult, ValidationReport
+from shared_models.contracts import (
+    Evaluation,
+    ReleasedSite,
+    ReleaseManifest,
+    SiteResult,
+    ValidationReport,
+)
 from shared_models.files import replace
-from shared_models.plan import StudyPlan
-from shared_models.signing import digest
+from shared_models.plan import SignedPlan, render
+from shared_models.signing import digest, sign
 from shared_models.weights import Weights, schema_of, size_of
 
 WEIGHTS = "weights.safetensors"
@@ -24,18 +34,29 @@ INTENDED_USE = "Research and demonstration. Not a medical device; not for diagno
 
 def release(
     folder: Path,
-    plan: StudyPlan,
+    signed: SignedPlan,
     weights: Weights,
     *,
     validation: ValidationReport,
     sites: Sequence[SiteResult],
+    key: Ed25519PrivateKey,
+    modalities: Sequence[str] = (),
     parts: tuple[str, ...] = (),
 ) -> ReleaseManifest:
     """Write the model of a finished study to ``folder``, which must not exist.
 
-    Where the task releases ``parts`` only (how their names begin), the others are kept beside the
-    folder, so that the auditor can still check the whole.
+    Args:
+        folder: where; it appears whole or not at all.
+        signed: the plan, with its signature.
+        weights: as they were validated.
+        validation: on the coordinator's held-out images.
+        sites: what each hospital said.
+        key: the coordinator's, which signs the manifest.
+        modalities: of the coordinator's held-out images.
+        parts: how the names of the weights begin that the task releases, if not all. The others
+            are kept beside the folder, so that the auditor can still check the whole.
     """
+    plan = signed.plan
     released = {n: value for n, value in weights.items() if not parts or n.startswith(parts)}
     withheld = {n: value for n, value in weights.items() if n not in released}
     if withheld:
@@ -59,11 +80,24 @@ def release(
         ),
         privacy={site.name: site.privacy for site in sites if site.privacy is not None},
         intended_use=INTENDED_USE,
+        sites={site.name: _released(site) for site in sites},
+        modalities=tuple(modalities),
     )
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     weights_of.save(partial / WEIGHTS, released)
     replace(partial / "manifest.json", manifest.model_dump_json(indent=2).encode())
+    replace(partial / "signature.json", sign(manifest, key=key).model_dump_json().encode())
+    replace(partial / "plan.toml", render(plan, signed.signature).encode())
     partial.replace(folder)
     return manifest
+
+
+def _released(site: SiteResult) -> ReleasedSite:
+    return ReleasedSite(
+        num_patients=site.num_patients,
+        num_test_patients=site.num_test_patients,
+        metrics=site.metrics,
+        intervals=site.intervals,
+    )

@@ -91,10 +91,12 @@ def _run(run_dir: Path, connect: Callable[[Circle], Ask]) -> StudyReport:
     shutil.rmtree(run_dir / "model", ignore_errors=True)  # by a run killed before its report
     manifest = release(
         run_dir / "model",
-        plan,
+        signed,
         weights,
         validation=final,
         sites=finished.sites,
+        key=load_key(settings.signing_key),
+        modalities=validator.modalities,
         parts=validator.task.released,
     )
     finished = finished.model_copy(update={"model_bytes": manifest.num_parameters * 4})

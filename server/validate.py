@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from shared_models import cohort, nets, tasks
 from shared_models.cohort import Patient
 from shared_models.contracts import Evaluation, Picture, ValidationReport
 from shared_models.evaluation import evaluate, evaluate_baselines, seen
+from shared_models.imaging import Pair
 from shared_models.nets.base import load_weights
 from shared_models.plan import StudyPlan
 from shared_models.registry import find
@@ -26,15 +29,18 @@ from shared_models.weights import digest as weights_digest
 NUM_PICTURES = 6
 #: Pictures are enlarged to at least this many pixels across.
 PICTURE_WIDTH = 160
+#: A header may say anything; only what can be a modality is told.
+MODALITY = re.compile(r"[A-Z0-9_]{1,16}")
 
 
 class Validator(NamedTuple):
-    """The study's net and task, and the coordinator's patients."""
+    """The study's net and task, the coordinator's patients and their images' modalities."""
 
     plan: StudyPlan
     task: Task
     net: torch.nn.Module
     patients: Sequence[Patient]
+    modalities: tuple[str, ...] = ()
 
 
 def open_validator(plan: StudyPlan, settings: RunSettings) -> Validator:
@@ -48,13 +54,23 @@ def open_validator(plan: StudyPlan, settings: RunSettings) -> Validator:
     net = nets.make(plan.net.name, plan.net.params, seed=plan.seed, num_outputs=task.num_outputs)
     if settings.validation_manifest is None:
         return Validator(plan, task, net, ())
+    prepare, modalities = cohort.preparer(cohort.steps_of(plan)), set[str]()
+
+    def noting(image: Path, label: Path | None) -> Pair:
+        pair = prepare(image, label)
+        if MODALITY.fullmatch(pair[0].modality):
+            modalities.add(pair[0].modality)
+        return pair
+
     patients = cohort.load(
         settings.validation_manifest,
         root=settings.validation_root or settings.validation_manifest.parent,
         plan=plan,
         task=task,
+        prepare=noting,
     )
-    return Validator(plan, task, net, [p for split in patients.values() for p in split])
+    everybody = [p for split in patients.values() for p in split]
+    return Validator(plan, task, net, everybody, tuple(sorted(modalities)))
 
 
 def validate(validator: Validator, weights: Weights, *, with_intervals: bool = False) -> Evaluation:

@@ -35,6 +35,7 @@ Address = Annotated[str, Field(pattern=r"^[A-Za-z0-9.:\[\]_-]{1,255}:\d{1,5}$")]
 Pem = Annotated[str, Field(pattern=r"^-----BEGIN [A-Z ]{1,40}-----\n", max_length=8192)]
 NodeKey = Annotated[str, Field(pattern=r"^ecdsa-sha2-nistp384 [A-Za-z0-9+/=]{1,300}$")]
 Version = Annotated[str, Field(pattern=r"^[0-9A-Za-z.+-]{1,40}$")]
+Modality = Annotated[str, Field(pattern=r"^[A-Z0-9_]{1,16}$")]  # DICOM (0008,0060)
 ProbeBytes = Annotated[int, Field(ge=0, le=2**30)]
 Title = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,120}$")]
 
@@ -673,12 +674,23 @@ class StudyReport(Contract):
     notes: tuple[str, ...] = ()
 
 
+class ReleasedSite(Contract):
+    """One hospital's part in a release: its patients, and how the model did on those kept aside."""
+
+    num_patients: Count
+    num_test_patients: Count
+    metrics: dict[MetricName, float]
+    intervals: dict[MetricName, tuple[float, float]] = {}
+
+
 class ReleaseManifest(Contract):
     """What stands beside released weights: which study made them and how they were validated.
 
     ``weights_digest`` is that of all weights of the model. Where ``parts`` says how the names of
     the released ones begin, the others stay with the coordinator, and ``released_digest`` is that
     of what is released.
+    ``modalities`` are those of the images it was validated on, OT where they are plain pictures;
+    none if nobody knows. The coordinator's signature over it lies beside it.
     """
 
     schema_version: Literal[1] = 1
@@ -695,6 +707,8 @@ class ReleaseManifest(Contract):
     validation: Evaluation
     privacy: dict[SiteName, PrivacyStatement]
     intended_use: str
+    sites: dict[SiteName, ReleasedSite] = {}
+    modalities: tuple[Modality, ...] = ()
 
 
 class AuditReport(Contract):

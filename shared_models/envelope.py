@@ -37,7 +37,8 @@ run-dir = ""
 """,
     "LICENSE": "The licence of the installed Consilia package applies.\n",
 }
-#: The SHA-256 of what Flower packs of them: a site obeys no order of a run of any other bundle.
+#: The SHA-256 of what Flower packs of them, uncompressed, so the same everywhere: a site obeys no
+#: order of a run of any other bundle.
 BUNDLE_DIGEST = "b24716ac0ca708ed71db6fbfb6cab00f26d216efc7b3e3caff59855f628c805d"
 
 FIELDS = ("kind", "document", "key", "signature")

@@ -39,7 +39,7 @@ from shared_models.stored import load
 from shared_models.volume import Volume
 
 __all__ = ["REASONS", "Reason", "Series", "SeriesRefused", "Slice", "Verdict"]
-__all__ += ["read", "scan", "verdict"]
+__all__ += ["ordered", "read", "scan", "verdict"]
 
 #: A slice may lie this far from where even spacing puts it, in mm and as a share of the spacing.
 POSITION_TOLERANCE_MM = 0.05
@@ -137,6 +137,18 @@ def read(series: Series) -> Volume:
     except Fault as fault:
         raise SeriesRefused(fault.reason) from None
     return Volume(data, stack.affine, stack.slices[0].modality)
+
+
+def ordered(series: Series) -> tuple[Slice, ...]:
+    """Return the slices in the order in which ``read`` stacks them.
+
+    Raises:
+        SeriesRefused: the series is not one volume; ``reason`` says why.
+    """
+    try:
+        return _stack(series).slices
+    except Fault as fault:
+        raise SeriesRefused(fault.reason) from None
 
 
 def read_files(files: Iterable[Path]) -> Volume:

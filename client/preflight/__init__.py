@@ -21,6 +21,7 @@ AREAS: dict[str, tuple[Check, ...]] = {
         machine.state_folder,
         machine.disk,
         machine.records,
+        machine.worker,
         dry.gpu,
         dry.dry_batch,
         machine.memory,

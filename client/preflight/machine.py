@@ -13,7 +13,7 @@ from uuid import uuid4
 from client import ledger
 from client.preflight.base import MIB, Case, Finding, duration, several, size
 from shared_models import journal
-from shared_models.errors import ConsiliaError
+from shared_models.errors import ConsiliaError, MachineError
 from shared_models.files import replace
 from shared_models.signing import load_key, public_key
 
@@ -66,6 +66,31 @@ def disk(case: Case) -> Iterator[Finding]:
     yield Finding("disk", free >= needed, said, "this machine", cure, figures)
 
 
+def worker(case: Case) -> Iterator[Finding]:
+    """Yield what the process that reads images can give up on this machine, by starting one."""
+    from client.confinement import STEPS
+    from client.supervisor import confinement_of, exposed
+
+    what = "worker"
+    try:
+        lacking = confinement_of(case.config).lacking
+    except MachineError as error:
+        cure = "see whether python -m client.worker can be started by the agent's user"
+        yield Finding(what, False, str(error), "this machine", cure)
+        return
+    done = ", ".join(sentence for step, (sentence, _) in STEPS.items() if step not in lacking)
+    if not lacking:
+        yield Finding(what, True, done, "this machine")
+    for step, why in lacking.items():
+        said = f"this machine does not let it be confined in its {step} ({why})"
+        said += f"; otherwise {done}" if done else ""
+        yield Finding(what, None, said, "this machine", STEPS[step][1])
+    for secret in exposed(case.config):
+        said = f"it may read {secret.name}, which lies in a folder that it is given"
+        cure = "move the keys and state_dir out of data.root and of limits.readable"
+        yield Finding(what, False, said, "settings", cure)
+
+
 def records(case: Case) -> Iterator[Finding]:
     """Yield whether ledger and journal can be read whole, and say the same."""
     what, folder = "ledger, journal", case.config.state_dir
@@ -87,18 +112,29 @@ def records(case: Case) -> Iterator[Finding]:
 
 
 def memory(case: Case) -> Iterator[Finding]:
-    """Yield whether there is memory for the cohort and a training step, as the dry batch took."""
-    free = available_bytes()
+    """Yield whether there is memory for the cohort and a training step, as the dry batch took.
+
+    What the worker may hold counts too: it is ended once it holds more (``limits.max_memory_gb``).
+    """
+    from client.supervisor import most_memory_bytes
+
+    stated = case.config.limits.max_memory_gb
+    free, allowed = available_bytes(), int(most_memory_bytes(stated))
+    figures = {"free_mb": free // MIB, "allowed_mb": allowed // MIB}
+    said = f"{size(free)} free, {size(allowed)} allowed"
     if case.dry is None or not case.dry.peak_bytes:
-        said = f"{size(free)} free; how much is needed shows only a dry batch of a plan"
-        figures = {"free_mb": free // MIB}
+        said = f"{said}; how much is needed shows only a dry batch of a plan"
         yield Finding("memory", None, said, "this machine", figures=figures)
         return
     needed = case.dry.peak_bytes + case.dry.cohort_bytes
-    said = f"{size(free)} free, about {size(needed)} needed"
-    figures = {"free_mb": free // MIB, "needed_mb": needed // MIB}
-    cure = "lower performance.most_images, end other programs, or give the machine more memory"
-    yield Finding("memory", free >= needed, said, "this machine", cure, figures)
+    said, figures = f"{said}, about {size(needed)} needed", figures | {"needed_mb": needed // MIB}
+    if free < needed:
+        cure = "lower performance.most_images, end other programs, or give the machine more memory"
+        yield Finding("memory", False, said, "this machine", cure, figures)
+        return
+    cure = "lower performance.most_images, or raise limits.max_memory_gb"
+    cure += "" if stated else ", which is a share of the machine's while it is 0"
+    yield Finding("memory", allowed >= needed, said, "settings", cure, figures)
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:

@@ -84,6 +84,7 @@ class Task(NamedTuple):
         warm: (net, images, targets) to (batch,): what a warm start is trained by, if not ``loss``.
         released: how the names of the parameters begin which are released; empty means all.
         baselines: by name, (inputs) to outputs as ``run`` gives them: what needs no training.
+        answer: what kind of thing ``run`` gives, where it is not of ``label_kind``: a path, say.
         made_up: (generator, spatial_dims) to four outputs and targets, for ``objection_to_loss``.
         covers: what differential privacy covers of it, in a sentence for people.
         not_private: why it cannot be private; a plan that asks for it is refused.
@@ -106,6 +107,7 @@ class Task(NamedTuple):
     warm: Callable[[Module, Tensor, Tensor], Tensor] | None = None
     released: tuple[str, ...] = ()
     baselines: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({})
+    answer: str = ""
     made_up: Callable[[Generator, int], tuple[Tensor, Tensor]] | None = None
     covers: str = "All that is trained: each patient's gradient is clipped, and their sum noised."
     not_private: str = ""

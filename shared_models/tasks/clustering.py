@@ -70,6 +70,7 @@ def make(*, classes: Sequence[str], num_clusters: int = 4) -> Task:
         picture=picture,
         warm=_reconstruction_loss,
         baselines={"by brightness": baseline},
+        answer="cluster",
         made_up=made_up,
         covers=(
             "What one patient adds to the clusters' sums and counts is that patient's gradient: "

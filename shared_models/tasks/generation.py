@@ -114,6 +114,7 @@ def make(*, classes: Sequence[str], num_generated: int = 32, ridge: float = 0.1)
         free=Free(free, only=(GENERATOR,)),
         released=(GENERATOR,),
         baselines={"noise": _noise},
+        answer="picture",
         made_up=made_up,
         covers=(
             "Only the discriminator sees patients, and its gradients are clipped and noised. The "

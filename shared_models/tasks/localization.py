@@ -175,6 +175,7 @@ def make(
         view=view,
         run=run,
         baselines={"mean position": lambda images: _centres(images)[:, None].float()},
+        answer="path",
         made_up=made_up,
         covers=(
             "All moves that are played in one patient's images are one unit: their mean gradient "

@@ -375,6 +375,34 @@ def test_the_work_for_a_run_that_has_ended_is_ended_within_seconds(
     assert ended == [status == 403]
 
 
+def test_once_it_is_to_stop_the_work_is_ended_and_its_order_can_be_given_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(agent, "BREAK_S", 0.01)
+    fleet, cancelled, ended = Fleet(order_of(record_from(ORDER))), threading.Semaphore(0), []
+    seat = agent._Seat(
+        fleet,  # type: ignore[arg-type]
+        b"key",
+        stop=fleet.stop,
+        cancel=cancelled.release,
+    )
+    end = threading.Event()
+    breaker = threading.Thread(target=seat.break_off, args=(end,))
+
+    def work(letter: Letter) -> Letter:
+        assert not cancelled.acquire(timeout=0.1), "nobody asked for it to stop"
+        fleet.stop.set()
+        ended.extend(cancelled.acquire(timeout=10) for _ in ("one step", "the next"))
+        return REFUSAL
+
+    breaker.start()
+    agent._serve(seat, work)
+    end.set()
+    breaker.join()
+    assert ended == [True, True]
+    assert "PushMessages" not in fleet.calls, "a refusal would be the round's last word"
+
+
 def test_a_clock_that_is_set_changes_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     troubles: dict[str, list[Exception]] = {"PushMessages": [status_error(503)]}
     fleet = Fleet(order_of(record_from(ORDER)), troubles)

@@ -17,10 +17,11 @@ from click.testing import Result
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from typer.testing import CliRunner
 
-from client import agent, journal, ledger
+from client import agent, journal, ledger, supervisor
 from client import config as configs
 from client.cli import app
 from client.config import PerformanceSettings
+from client.confinement import Confinement
 from client.preflight import AREAS, CHECKS, Case, Finding, dry, installed, machine, run, show
 from client.preflight import settings as settings_checks
 from client.preflight.base import MIB
@@ -253,6 +254,37 @@ def test_a_record_that_was_edited_is_found(name: str, case_of, hospital) -> None
     assert (found.ok, found.owner) == (False, "this machine")
 
 
+def test_what_the_worker_gives_up_is_tried_by_starting_one(case_of) -> None:
+    found = only(machine.worker(case_of()))
+    assert found.ok is not False
+    assert "it reaches no network" in found.said or "confined in its network" in found.said
+
+
+def test_what_the_machine_does_not_let_the_worker_give_up_is_named_with_its_cure(
+    case_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking = Confinement(None, None, "EPERM", None, "ENOSYS")
+    monkeypatch.setattr(supervisor, "confinement_of", lambda _: lacking)
+    network, files = machine.worker(case_of())
+    assert (network.ok, network.owner) == (None, "this machine")
+    assert "in its network (EPERM); otherwise it gains no privilege" in network.said
+    assert "max_user_namespaces" in network.cure
+    assert ("files (ENOSYS)" in files.said, "Landlock" in files.cure) == (True, True)
+
+
+def test_a_key_that_the_worker_may_read_is_named(case_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Confinement(*[None] * 5)
+    monkeypatch.setattr(supervisor, "confinement_of", lambda _: whole)
+    case = case_of()
+    within = case.config.data.root / "keys" / "signing.pem"
+    case.config = case.config.model_copy(update={"signing_key": within})
+    confined, exposed = machine.worker(case)
+    assert confined.ok
+    assert (exposed.ok, exposed.owner) == (False, "settings")
+    assert "signing.pem" in exposed.said
+    assert "move the keys" in exposed.cure
+
+
 def test_memory_is_that_of_the_machine_or_of_its_container(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 4000 kB\n")
     assert machine.available_bytes(tmp_path, tmp_path / "none") == 4000 * 1024
@@ -270,8 +302,29 @@ def test_memory_is_held_against_what_the_dry_batch_took(case_of) -> None:
     for peak, is_enough in ((MIB, True), (10**15, False)):
         case.dry = dry.Dry(peak_bytes=peak, cohort_bytes=MIB)
         found = only(machine.memory(case))
-        assert (found.ok, found.owner) == (is_enough, "this machine")
+        assert found.ok == is_enough
+    assert found.owner == "this machine"
     assert "most_images" in found.cure
+
+
+@pytest.mark.parametrize(
+    ("most_gb", "peak_mb", "is_enough"), [(0.5, 600, False), (2, 600, True), (0, 10_000, False)]
+)
+def test_memory_is_held_against_what_the_worker_may_hold(
+    most_gb: float, peak_mb: int, is_enough: bool, case_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker over its limit is ended in the middle of a round, which is too late to learn it."""
+    monkeypatch.setattr(machine, "available_bytes", lambda: 64 * 1024 * MIB)
+    monkeypatch.setattr(supervisor, "SHARE_OF_MEMORY", 1e-6)
+    case = case_of()
+    limits = case.config.limits.model_copy(update={"max_memory_gb": most_gb})
+    case.config = case.config.model_copy(update={"limits": limits})
+    case.dry = dry.Dry(peak_bytes=peak_mb * MIB, cohort_bytes=MIB)
+    found = only(machine.memory(case))
+    assert (found.ok, found.owner) == (is_enough, "settings")
+    assert "raise limits.max_memory_gb" in found.cure
+    assert ("while it is 0" in found.cure) == (most_gb == 0)
+    assert most_gb == 0 or found.figures["allowed_mb"] == 1024 * most_gb
 
 
 # --- what is installed

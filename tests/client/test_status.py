@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,8 +16,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Console
 
 from client import config as configs
-from client import journal, ledger, page, running, show, status, studies, visits
+from client import journal, ledger, page, running, show, status, studies, supervisor, visits
 from client.config import SiteConfig
+from client.confinement import Confinement
 from client.status import Status
 from shared_models.contracts import Receipt, SignedReceipt
 from shared_models.errors import MachineError
@@ -107,6 +109,48 @@ def house(
     )
     journal.append(found.book, refusal)
     return found
+
+
+def told_by(house: House, confinement: Confinement) -> Status:
+    worker: Any = SimpleNamespace(confinement=lambda: confinement)
+    supervisor.tell(worker, house.config.state_dir)
+    return house.look()
+
+
+def test_it_tells_what_the_worker_gave_up_and_how_the_machine_would_let_it(house: House) -> None:
+    found = house.look()
+    assert found.worker is None
+    assert "once the agent has started one" in shown(found)
+    everything = Confinement(None, None, None, None, None)
+    found = told_by(house, everything)
+    assert found.worker is not None
+    assert found.worker.given_up == ("network", "files", "privileges", "memory", "parent")
+    assert found.worker.lacking == ()
+    assert "gave up: network, files" in shown(found)
+    assert not any("confined" in sentence for sentence in found.attention)
+    found = told_by(house, everything._replace(files="ENOSYS", network="EPERM"))
+    assert found.worker is not None
+    assert [(one.step, one.why) for one in found.worker.lacking] == [
+        ("network", "EPERM"),
+        ("files", "ENOSYS"),
+    ]
+    words = " ".join(shown(found).split())
+    assert "not allowed here: network (EPERM), files (ENOSYS)" in words
+    cures = [sentence for sentence in found.attention if "is not confined in" in sentence]
+    assert len(cures) == 2
+    assert "user.max_user_namespaces" in cures[0]
+    assert "Landlock" in cures[1]
+
+
+def test_a_worker_that_does_not_tell_leaves_no_older_word_of_it(house: House) -> None:
+    told_by(house, Confinement(None, None, None, None, None))
+
+    def fail() -> Confinement:
+        raise MachineError("the worker said nothing")
+
+    silent: Any = SimpleNamespace(confinement=fail)
+    supervisor.tell(silent, house.config.state_dir)
+    assert house.look().worker is None
 
 
 def study(found: Status, name: str) -> Any:

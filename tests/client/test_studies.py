@@ -293,6 +293,23 @@ def test_a_refusal_tells_a_word_and_keeps_peoples_own(signed: SignedPlan, site: 
     assert studies.approved(digest(signed.plan), site, key=KEY) is None
 
 
+def test_once_its_coordinator_says_that_a_study_is_closed_no_order_for_it_is_obeyed(
+    signed: SignedPlan, site: SiteConfig
+) -> None:
+    now = datetime.now(UTC)
+    studies.approve(signed, site, key=KEY, who="Dr. Reed")
+    for state, status in (("running", "approved"), ("closed", "closed")):
+        word = studies.Word(state=state, when=now)
+        studies.keep_offer(signed, word, site, key=KEY)
+        found = studies.approved(digest(signed.plan), site, key=KEY)
+        assert (found is None) == (state == "closed")
+        assert known(site).status == status
+    with pytest.raises(ConsiliaError, match="closed the study"):
+        studies.approve(signed, site, key=KEY, who="Dr. Reed")
+    withdraw(signed, site)
+    assert known(site).status == "withdrawn"
+
+
 def test_what_is_approved_is_withdrawn_and_not_refused(
     signed: SignedPlan, site: SiteConfig
 ) -> None:

@@ -15,15 +15,25 @@ from typing import NamedTuple
 
 import pydicom
 import pytest
+import requests
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from pynetdicom import AE
 from pynetdicom.association import Association
 
 from client.ingest import dimse, sources, web
 from client.ingest.pacs import DimsePacs, Query, Series, Station, WebPacs
+from client.predict import predict
 from server.link import free_port
-from shared_models import phantoms
+from server.release import release
+from shared_models import nets, phantoms
+from shared_models.contracts import ValidationReport
 from shared_models.errors import ConsiliaError, MachineError
+from shared_models.nets.base import weights_of
+from shared_models.plan import SignedPlan, StudyPlan
+from shared_models.signing import digest, public_key, sign
+from shared_models.weights import digest as weights_digest
+from shared_models.weights import flatten
 
 PLUGIN = "/usr/share/orthanc/plugins/libOrthancDicomWeb.so"
 PASSWORD = "MARKED-7731"
@@ -226,6 +236,78 @@ def test_a_series_that_is_here_whole_is_not_fetched(pacs: Pacs, way: str, tmp_pa
         found = arrived(sources.inbox(tmp_path))
     assert len(found) == len(pacs.files) - series_of(pacs)[here]
     assert here not in {str(dataset.SeriesInstanceUID) for dataset in found.values()}
+
+
+# --- giving back what a model says
+
+
+def test_what_a_model_says_is_taken_back_byte_for_byte(pacs: Pacs, tmp_path: Path) -> None:
+    study = next(iter(pacs.files.values())).parent
+    key = Ed25519PrivateKey.generate()
+    released(tmp_path / "model", key)
+    found = predict(tmp_path / "model", study, tmp_path / "out", coordinator=public_key(key))
+    sent = {
+        str(dataset.SOPInstanceUID): dataset
+        for dataset in (pydicom.dcmread(tmp_path / "out" / name) for name in found.files)
+    }
+    assert [dataset.Modality for dataset in sent.values()][:2] == ["SEG", "SR"]
+    files = [str(tmp_path / "out" / name) for name in found.files]
+    try:
+        command = ["storescu", "-R", "-aet", "CONSILIA", "-aec", "ORTHANC"]  # -R: what these need
+        command += ["127.0.0.1", str(pacs.dimse.port), *files]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        series = {str(dataset.StudyInstanceUID) for dataset in sent.values()}
+        here = arrived(web.pull(pacs.web, Query(studies=tuple(series))))
+        assert len(series) == 1 and len(here) == len(list(study.iterdir())) + len(sent)
+        for uid, dataset in sent.items():
+            assert here[uid] == dataset
+    finally:
+        for uid in sent:
+            forget(pacs, uid)
+
+
+def released(folder: Path, key: Ed25519PrivateKey) -> None:
+    """Write a release of a small net for CT, with weights as drawn."""
+    plan = StudyPlan.model_validate(
+        {
+            "name": "organs",
+            "purpose": "research",
+            "coordinator": public_key(key),
+            "sites": ["north"],
+            "expires": "2099-01-01",
+            "task": {"name": "segmentation", "params": {"classes": ["organ", "lesion"]}},
+            "net": {"name": "unet", "params": {"channels": [4, 8], "strides": [2]}},
+            "imaging": [{"name": "resize", "params": {"size": [32, 32]}}],
+            "strategy": {"name": "fedavg"},
+            "training": {
+                "num_rounds": 1,
+                "steps_per_round": 1,
+                "sample_rate": 0.1,
+                "learning_rate": 0.01,
+            },
+            "rounds": {"quorum": 1},
+        }
+    )
+    weights = weights_of(nets.make("unet", plan.net.params, seed=3, num_outputs=3))
+    validation = ValidationReport(
+        study=digest(plan),
+        weights_digest=weights_digest(flatten(weights)),
+        metrics={},
+        num_patients=0,
+        num_images=0,
+    )
+    signed = SignedPlan(plan, sign(plan, key=key))
+    release(folder, signed, weights, validation=validation, sites=(), key=key, modalities=("CT",))
+
+
+def forget(pacs: Pacs, uid: str) -> None:
+    """Take an instance out of the PACS again."""
+    root = pacs.web.address.removesuffix("/dicom-web")
+    with requests.Session() as session:
+        session.auth = ("agent", PASSWORD)
+        for found in session.post(f"{root}/tools/lookup", data=uid, timeout=20).json():
+            session.delete(root + found["Path"], timeout=20).raise_for_status()
 
 
 # --- being sent

@@ -1,8 +1,9 @@
-"""A study comes to the same weights whatever is killed while it runs: real processes throughout.
+"""What a study comes to, whatever is killed while it runs: real processes throughout.
 
 Two hospitals' agents stay up from test to test, as they do in life; each test runs a study of its
-own, which differs from the undisturbed one in its name only, so its weights should not differ. Run
-as a script, this file is a conductor to be killed.
+own. Without noise it differs from the undisturbed one in its name only, so its weights should not
+differ. With noise, every charge has to stand in the ledgers. Run as a script, this file is a
+conductor to be killed.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from PIL import Image
 
 from client import config as configs
-from client import setup, studies
-from server import link, store
+from client import ledger, setup, studies
+from server import link, report, store
 from server.conduct import News, Place, conduct
 from server.consortium import TlsFiles, certificates
 from server.hospitals import DataSet, adopt, write_manifests
 from shared_models import plan as plans
-from shared_models.audit import audit_run
-from shared_models.contracts import RoundRecord
-from shared_models.plan import SignedPlan, StudyPlan
+from shared_models.audit import audit_run, audit_site
+from shared_models.contracts import Reservation, RoundRecord
+from shared_models.plan import PrivacyTerms, SignedPlan, StudyPlan
+from shared_models.privacy import statement
 from shared_models.signing import create_key, digest, load_key, public_key, sign
 
 SITES = ("east", "north")
@@ -71,6 +73,17 @@ class Hospital:
         self.agent.wait(10)
         self.agent = self._started()
 
+    def stop_and_restart(self) -> None:
+        self.agent.send_signal(signal.SIGTERM)
+        assert self.agent.wait(20) == 0, "it was not stopped, it ended"
+        self.agent = self._started()
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """The journal's entries, oldest first."""
+        lines = (self.config.state_dir / "journal.jsonl").read_bytes().splitlines()
+        return [json.loads(line)["entry"] for line in lines]
+
     def end(self) -> None:
         self.agent.send_signal(signal.SIGCONT)
         self.agent.kill()
@@ -80,12 +93,11 @@ class Hospital:
         key = load_key(self.config.signing_key)
         return studies.approve(signed, self.config, key=key, who="test").model_dump_json()
 
-    def has_in_hand(self, study: str, *, round_: int) -> bool:
+    def has_in_hand(self, study: str, *, round_: int, is_charged: bool) -> bool:
         """Whether the agent is at this very moment training for that round."""
-        lines = (self.config.state_dir / "journal.jsonl").read_bytes().splitlines()
-        entry = json.loads(lines[-1])["entry"]
+        entry = self.entries[-1]
         told = (entry["kind"], entry["study"], entry["round_"], entry["order_kind"])
-        return told == ("order", study, round_, "train")
+        return told == ("reservation" if is_charged else "order", study, round_, "train")
 
 
 class Consortium(NamedTuple):
@@ -153,7 +165,9 @@ def consortium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Consortium]
     assert link._marked(link._mark_of(place.folder / "superlink")) == []
 
 
-def laid_out(consortium: Consortium, name: str, **rounds: Any) -> Path:
+def laid_out(
+    consortium: Consortium, name: str, *, privacy: PrivacyTerms | None = None, **rounds: Any
+) -> Path:
     """Make the run directory of a study of that name, approved by both hospitals."""
     plan = StudyPlan(
         name=name,
@@ -169,6 +183,7 @@ def laid_out(consortium: Consortium, name: str, **rounds: Any) -> Path:
         imaging=[{"name": "resize", "params": {"size": [8, 8]}}],
         strategy={"name": "fedavgm", "params": {"momentum": 0.5}},
         training=TRAINING,
+        privacy=privacy,
         rounds={"quorum": 2} | rounds,
     )
     signed = SignedPlan(plan, sign(plan, key=consortium.key))
@@ -212,8 +227,11 @@ def run(consortium: Consortium, run_dir: Path, *deeds: Callable[[], bool]) -> li
 
 
 def in_hand(consortium: Consortium, run_dir: Path, site: str, *, round_: int) -> bool:
-    study = digest(store.read_plan(run_dir).plan)
-    return consortium.hospitals[site].has_in_hand(study, round_=round_)
+    plan = store.read_plan(run_dir).plan
+    is_charged = plan.privacy is not None
+    return consortium.hospitals[site].has_in_hand(
+        digest(plan), round_=round_, is_charged=is_charged
+    )
 
 
 def once_in_hand(
@@ -266,63 +284,104 @@ def undisturbed(consortium: Consortium) -> Path:
     return run_dir
 
 
-def test_a_server_app_and_a_superlink_killed_amid_a_round_change_nothing(
+def test_a_site_a_server_app_and_a_superlink_killed_amid_their_rounds_change_nothing(
     consortium: Consortium, undisturbed: Path
 ) -> None:
+    """And a site that is stopped, whose order can be given to it again."""
     run_dir = laid_out(consortium, "killed")
-    place = consortium.place
+    place, north = consortium.place, consortium.hospitals["north"]
+    deeds: list[tuple[str, Callable[[], Any]]] = [
+        ("north", north.kill_and_restart),
+        ("east", lambda: kill(place, "flwr-serverapp")),
+        ("north", lambda: kill(place, "server.fleet")),
+        ("north", north.stop_and_restart),
+    ]
     seen = run(
         consortium,
         run_dir,
-        once_in_hand(
-            consortium, run_dir, lambda: kill(place, "flwr-serverapp"), site="east", round_=1
-        ),
-        once_in_hand(
-            consortium, run_dir, lambda: kill(place, "server.fleet"), site="north", round_=2
-        ),
+        *[
+            once_in_hand(consortium, run_dir, deed, site=site, round_=round_)
+            for round_, (site, deed) in enumerate(deeds)
+        ],
     )
     assert [each for each in seen if each != "round"] == [
         *("up", "begun", "again", "begun"),
         *("down", "up", "begun", "done"),
     ]
     check(run_dir, undisturbed)
+    kinds = [entry["kind"] for entry in north.entries]
+    broken_off = kinds.index("stopped")
+    assert kinds[broken_off - 2 : broken_off + 2] == ["order", "refusal", "stopped", "started"]
 
 
-def test_a_conductor_killed_amid_a_round_is_followed_by_another(
-    consortium: Consortium, undisturbed: Path
-) -> None:
-    run_dir = laid_out(consortium, "followed")
-    place = consortium.place
-    told = {"place": [str(place.folder), *map(str, place.tls), place.host, place.port]}
-    conductor = subprocess.Popen(
-        [sys.executable, __file__, json.dumps(told), str(run_dir)],
-        cwd=Path(__file__).parents[2],
-    )
-    until = time.monotonic() + 180
-    while not in_hand(consortium, run_dir, "north", round_=1):
-        assert conductor.poll() is None and time.monotonic() < until
-        time.sleep(0.02)
-    conductor.kill()
-    assert conductor.wait(10) == -signal.SIGKILL
-    assert link._marked(link._mark_of(place.folder / "superlink")), "it left nothing behind"
-    assert "done" in run(consortium, run_dir)
-    check(run_dir, undisturbed)
-
-
-def test_a_site_killed_amid_its_training_returns_by_itself_and_takes_part_again(
-    consortium: Consortium, undisturbed: Path
-) -> None:
-    run_dir = laid_out(consortium, "returning")
-    deed = consortium.hospitals["north"].kill_and_restart
-    seen = run(consortium, run_dir, once_in_hand(consortium, run_dir, deed, site="north", round_=1))
-    assert seen.count("begun") == 1
-    check(run_dir, undisturbed)
-
-
-def test_a_site_that_misses_a_deadline_is_named_and_takes_part_in_the_next_round(
+def test_a_coordinator_and_a_site_killed_amid_a_private_round_are_charged_and_none_goes_free(
     consortium: Consortium,
 ) -> None:
-    run_dir = laid_out(consortium, "late", quorum=1, deadline_s=8.0)
+    privacy = PrivacyTerms(epsilon=8.0, delta=0.001, noise_multiplier=12.0, max_grad_norm=1.0)
+    run_dir = laid_out(consortium, "private", privacy=privacy)
+    place, north = consortium.place, consortium.hospitals["north"]
+    with conducted_elsewhere(place, run_dir) as conductor:
+        until = time.monotonic() + 180
+        while not in_hand(consortium, run_dir, "north", round_=1):
+            assert conductor.poll() is None and time.monotonic() < until
+            time.sleep(0.02)
+        conductor.kill()
+        assert conductor.wait(10) == -signal.SIGKILL
+    assert link._marked(link._mark_of(place.folder / "superlink")), "it left nothing behind"
+    killed = once_in_hand(consortium, run_dir, north.kill_and_restart, site="north", round_=2)
+    assert "done" in run(consortium, run_dir, killed)
+    assert [len(record.replies) for record in trained(run_dir)] == [len(SITES)] * NUM_ROUNDS
+    assert audit_run(run_dir).failed == ()
+    told = {site.name: site.epsilon for site in report.read(run_dir / report.JSON_NAME).sites}
+    for site, hospital in consortium.hospitals.items():
+        assert audit_site(hospital.folder).failed == ()
+        charged = charged_rounds(hospital, run_dir)
+        assert set(charged) == set(range(NUM_ROUNDS))
+        assert site == "east" or charged.count(2) == 2, "what was killed was charged and stays so"
+        events = [one.event for one in charges(hospital, run_dir)]
+        assert told[site] == statement(events, delta=privacy.delta).epsilon
+        assert left(hospital, run_dir) <= committed(hospital)
+        assert len(left(hospital, run_dir)) == NUM_ROUNDS
+
+
+@contextmanager
+def conducted_elsewhere(place: Place, run_dir: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the study by a conductor in a process of its own."""
+    told = {"place": [str(place.folder), *map(str, place.tls), place.host, place.port]}
+    command = [sys.executable, __file__, json.dumps(told), str(run_dir)]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2]) as conductor:
+        try:
+            yield conductor
+        finally:
+            conductor.kill()
+
+
+def charges(hospital: Hospital, run_dir: Path) -> list[Reservation]:
+    study = digest(store.read_plan(run_dir).plan)
+    found = ledger.read(hospital.config.state_dir).reservations
+    return [one for one in found if one.study == study]
+
+
+def charged_rounds(hospital: Hospital, run_dir: Path) -> list[int]:
+    return [one.round_ for one in charges(hospital, run_dir)]
+
+
+def left(hospital: Hospital, run_dir: Path) -> set[str]:
+    """Return the digests of the updates that left the hospital for the study, by its journal."""
+    study = digest(store.read_plan(run_dir).plan)
+    about = {"kind": "reply", "study": study, "order_kind": "train"}
+    return {entry["digest"] for entry in hospital.entries if about.items() <= entry.items()}
+
+
+def committed(hospital: Hospital) -> set[str]:
+    return {one.reply for one in ledger.read(hospital.config.state_dir).commits}
+
+
+def test_a_site_that_misses_a_deadline_is_named_and_takes_part_again(
+    consortium: Consortium,
+) -> None:
+    """In the next round, or in the one after if its worker takes that long to start anew."""
+    run_dir = laid_out(consortium, "late", quorum=1, deadline_s=20.0)
     agent = consortium.hospitals["north"].agent
 
     def goes_on() -> bool:
@@ -336,7 +395,8 @@ def test_a_site_that_misses_a_deadline_is_named_and_takes_part_in_the_next_round
     )
     run(consortium, run_dir, stops, goes_on)
     took_part = [sorted(reply.site for reply in record.replies) for record in trained(run_dir)]
-    assert took_part == [[*SITES], ["east"], [*SITES], [*SITES]]
+    assert took_part[:2] == [[*SITES], ["east"]]
+    assert [*SITES] in took_part[2:]
     (refusal,) = trained(run_dir)[1].refusals
     assert (refusal.site, refusal.code) == ("north", "no-answer")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ from server import conduct, link, report, store
 from server.conduct import News, Place
 from server.consortium import TlsFiles
 from server.link import RunState
-from shared_models.errors import DocumentError, MachineError
+from shared_models.envelope import BUNDLE_DIGEST
+from shared_models.errors import DocumentError, MachineError, RunError
 
 RUNNING = RunState("running", "", "")
 FAILED = RunState("finished", "failed", "")
@@ -45,7 +47,9 @@ class SuperLink:
     def unregister(self, node_id: int) -> None:
         self.nodes.pop(node_id, None)
 
-    def submit(self, app_dir: Path, run_config: Mapping[str, Any]) -> int:
+    def submit(self, app_dir: Path, run_config: Mapping[str, Any], *, bundle: str) -> int:
+        if bundle != self.world.bundle:
+            raise RunError(f"this machine packs {self.world.bundle}")
         run_id = self.world.number()
         self.states[run_id] = RUNNING
         self.world.begun.append(Path(run_config["run-dir"]))
@@ -71,6 +75,7 @@ class World:
         self.begin: Callable[[SuperLink, int, Path], Any] = lambda *_: None
         self.wont_start: Iterator[bool] = iter(())
         self.is_up = False
+        self.bundle = BUNDLE_DIGEST
         self.held = ExitStack()
         self.numbers = iter(range(1, 10**6))
         self.stop = Event()
@@ -287,6 +292,18 @@ def test_a_study_that_had_failed_before_is_not_begun_by_itself(world: World) -> 
     assert world.begun == []
 
 
+def test_a_study_whose_run_cannot_be_submitted_needs_a_person_and_says_why(world: World) -> None:
+    run_dir = world.study()
+    world.begin, world.bundle = finish, "other bytes"
+    with world.conducted() as news:
+        (failed,) = [each for each in until(news, "failed") if each.kind != "up"]
+        assert (failed.study, failed.text) == (run_dir, ("this machine packs other bytes",))
+        world.bundle = BUNDLE_DIGEST
+        store.forget_failure(run_dir)
+        until(news, "done")
+    assert len(world.links) == 1
+
+
 def test_a_study_that_another_process_runs_is_not_begun(world: World) -> None:
     run_dir = world.study()
     world.begin = finish
@@ -335,6 +352,26 @@ def test_a_revoked_key_that_is_enrolled_again_takes_a_new_superlink(world: World
             until(news, kind)
         until(news, "idle")
         assert list(world.links[-1].nodes.values()) == ["north"]
+
+
+def test_the_log_is_bounded_however_long_it_goes_on(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bounded = functools.partial(link.bound_log, most_bytes=100)
+    monkeypatch.setattr(link, "bound_log", bounded)
+    file = world.tmp_path / "office" / "superlink.log"
+    with world.conducted() as news:
+        until(news, "up")
+        for _ in range(3):
+            file.write_bytes(b"x" * 101)
+            for turns, _ in enumerate(news):
+                assert turns < 3000
+                if not file.stat().st_size:
+                    break
+        file.unlink()
+        file.mkdir()  # nothing that could be cut
+        until(news, "idle")
+        assert len(world.links) == 1
 
 
 def test_a_superlink_that_cannot_be_started_at_first_is_told_at_once(world: World) -> None:

@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from server import desk as desks
-from server import store
+from server import report, store
 from server.desk import Desk
 from server.store import RunSettings, SiteKeys
 from shared_models import weights as weights_of
@@ -108,6 +108,21 @@ def test_the_same_plan_again_is_the_same_study(
     told(desk, decided(plan, "approved"))
     assert desks.propose(desk, plan, settings=SETTINGS, today=TODAY).run_dir == offered.run_dir
     assert set(on_file(desk, offered)) == {"north"}
+
+
+def test_a_closed_study_is_told_as_closed_and_cannot_be_proposed_again(
+    desk: Desk, plan: StudyPlan, offered: desks.Study
+) -> None:
+    told(desk, decided(plan, "approved"))
+    assert told(desk).offers[0].state == "offered"
+    store.write_failure(offered.run_dir, ["too few sites"])
+    shut = desk._replace(closed={digest(plan)})
+    (offer,) = told(shut).offers
+    assert offer.state == "closed"
+    with pytest.raises(ConsiliaError, match=r"closed, for good.*seed"):
+        desks.propose(shut, plan, settings=SETTINGS, today=TODAY)
+    (offered.run_dir / report.JSON_NAME).write_text("{}")
+    assert told(shut).offers[0].state == "finished", "it has its report all the same"
 
 
 def test_a_changed_plan_is_a_new_study_that_nobody_approved(
@@ -267,6 +282,19 @@ def test_who_withdrew_takes_part_in_no_further_round(desk: Desk, offered: desks.
     assert said == ["approved", "withdrawn", "approved"]
 
 
+def test_who_decides_too_often_can_only_step_back(
+    desk: Desk, offered: desks.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desks, "MOST_DECISIONS", 3)
+    plan, history = offered.signed.plan, offered.run_dir / "approvals" / "north.jsonl"
+    words = ["approved", "withdrawn", "approved", "approved", "withdrawn", "withdrawn", "approved"]
+    for minute, word in enumerate(words):
+        told(desk, decided(plan, word, minute=minute))
+    assert desks.decision(offered.run_dir, "north") == "withdrawn"
+    said = [Countersignature.model_validate_json(x) for x in history.read_text().splitlines()]
+    assert [one.approval.decision for one in said] == [*words[:3], "withdrawn"]
+
+
 # --- checkpoints
 
 
@@ -309,6 +337,28 @@ def test_a_journal_that_tells_another_story_is_noted_for_good_and_gets_no_receip
     assert kept(desk) == [3, 5]
     assert told(desk, checkpoint=point(12)).receipt is not None
     assert forks(desk) == 1
+
+
+def test_forks_are_kept_to_a_number(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desks, "MOST_FORKS", 2)
+    told(desk, checkpoint=point(5))
+    for head in "bcdef":
+        assert told(desk, checkpoint=point(5, head)).receipt is None
+    assert (forks(desk), kept(desk)) == (2, [5])
+
+
+def test_a_checkpoint_costs_the_same_however_many_there_are(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told(desk, checkpoint=point(1))
+    told(desk, checkpoint=point(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "read_lines", lambda *_, **__: pytest.fail("all of it was read"))
+        assert told(desk, checkpoint=point(7)).receipt is not None
+    assert kept(desk) == [1, 2, 7]
+    assert told(desk, checkpoint=point(2)).receipt is not None, "told again, it is there"
+    assert told(desk, checkpoint=point(7, "b")).receipt is None
+    assert (forks(desk), kept(desk)) == (1, [1, 2, 7])
 
 
 def test_a_checkpoint_that_was_long_on_its_way_is_no_fork(desk: Desk) -> None:

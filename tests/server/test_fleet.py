@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
@@ -18,6 +19,10 @@ from typing import Any
 
 import httpx
 import pytest
+from cryptography import x509
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Metadata as MessageMetadata
+from flwr.app.message import make_message
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import (
@@ -29,13 +34,15 @@ from flwr.proto.message_pb2 import (
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.server.superlink.linkstate import LinkState
+from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 
-from server import fleet, link
+from server import consortium, fleet, link
 from server.consortium import TlsFiles, certificates
 
 PULL = "/v1/fleet/pull-messages"
@@ -80,7 +87,9 @@ def served(app: Any, tls: TlsFiles, **terms: Any) -> Iterator[tuple[int, int]]:
     both[0].config.lifespan = "off"
 
     async def serve() -> None:
+        renewal = asyncio.create_task(fleet.renewing(tls, *both))
         await asyncio.gather(*(server.serve() for server in both))
+        renewal.cancel()
 
     thread = Thread(target=asyncio.run, args=(serve(),))
     thread.start()
@@ -228,13 +237,50 @@ def test_a_connection_in_use_is_kept(tls: TlsFiles, monkeypatch: pytest.MonkeyPa
     app = Seen()
     with served(app, tls) as (_, public), connected(public, tls) as stream:
         for _ in range(8):
-            stream.sendall(request_of(PULL, body=b"ask"))
-            answer = b""
-            while not answer.endswith(b"ask"):
-                answer += stream.recv(65536)
-                assert answer.startswith(b"HTTP/1.1 200 ")
+            assert is_answered(stream)
             time.sleep(0.08)
     assert len(app.requests) == 8
+
+
+def test_a_certificate_issued_anew_is_shown_from_then_on_and_nobody_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "RENEWAL_S", 0.02)
+    with monkeypatch.context() as patch:
+        patch.setattr(consortium, "SERVER_DAYS", 3 / 86400)
+        tls = certificates(tmp_path, hosts=["127.0.0.1"])
+    expires_at = certificate_shown(tls.certificate.read_text()).not_valid_after_utc
+    with served(Seen(), tls) as (control, public), connected(public, tls) as early:
+        assert is_answered(early)
+        other = certificates(tmp_path / "other", hosts=["127.0.0.1"])
+        tls.key.write_bytes(other.key.read_bytes())  # a renewal that was killed after its key
+        wait_until(lambda: datetime.now(UTC) > expires_at)
+        with pytest.raises(ssl.SSLCertVerificationError, match="expired"), connected(public, tls):
+            pytest.fail("an expired certificate was believed")
+        assert is_answered(early)
+        certificates(tmp_path, hosts=["127.0.0.1"])
+        issued = tls.certificate.read_text()
+        wait_until(lambda: all(shown_on(port) == issued for port in (public, control)))
+        with connected(public, tls) as late:
+            assert is_answered(late)
+        assert is_answered(early)
+
+
+def certificate_shown(pem: str) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(pem.encode())
+
+
+def shown_on(port: int) -> str:
+    return ssl.get_server_certificate(("127.0.0.1", port))
+
+
+def is_answered(stream: ssl.SSLSocket) -> bool:
+    stream.sendall(request_of(PULL, body=b"ask"))
+    answer = b""
+    while not answer.endswith(b"ask"):
+        answer += stream.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 200 ")
+    return True
 
 
 @pytest.mark.parametrize(
@@ -326,7 +372,69 @@ def test_flowers_own_app_is_as_protected_as_its_command_makes_it(
         assert superlink.control in executor
         assert not {"--insecure", "--allow-runtime-dependency-installation"} & set(executor)
         assert listened_on(superlink.process) == {superlink.address, superlink.control}
+        issued = certificates(tls.certificate.parent, hosts=["127.0.0.1"]).certificate.read_text()
+        wait_until(lambda: shown_on(public) == issued)
+        superlink.check()
     assert link._marked(mark) == []
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
+def test_what_nobody_will_ask_for_any_more_does_not_stay_in_memory(tls: TlsFiles) -> None:
+    """Flower's own state: a site that never fetches its orders, and one that replies too late."""
+    state = fleet.flower_app(tls, control_port=1).state.linkstate_factory.state()
+    node_id = state.create_node("owner", "owner", b"key", 30.0)
+    assert state.activate_node(node_id, 30.0)
+    run_id = begun_run(state)
+    orders = [kept_order(state, run_id, node_id, number=number) for number in range(3)]
+    replies = [kept_reply(state, order) for order in orders[:1]]
+    objects, ids = state.object_store, [one.metadata.message_id for one in [*orders, *replies]]
+    assert all(object_id in objects for object_id in ids)
+    fleet.tidy(state, now=time.time())
+    assert all(object_id in objects for object_id in ids), "their time is not over"
+    fleet.tidy(state, now=orders[1].metadata.created_at + orders[1].metadata.ttl)
+    assert [object_id in objects for object_id in ids] == [False, False, True, False]
+    assert (state.num_message_ins(), state.num_message_res()) == (1, 0)
+    assert len(objects) == len(get_all_nested_objects(orders[2]))
+    assert state.finish_task(state.run_ids[run_id].run.primary_task_id, "failed", "killed")
+    fleet.tidy(state, now=time.time())
+    assert (len(objects), state.num_message_ins()) == (0, 0)
+
+
+def begun_run(state: Any) -> int:
+    made: int = state.create_run(
+        None, None, None, {}, NOOP_FEDERATION_ID, None, None, TaskType.SERVER_APP
+    )
+    return made
+
+
+def kept_order(state: Any, run_id: int, node_id: int, *, number: int) -> Message:
+    content = RecordDict({"letter": ConfigRecord({"number": number, "weights": b"x" * 1000})})
+    about = MessageMetadata(
+        run_id=run_id,
+        message_id="",
+        src_node_id=1,
+        dst_node_id=node_id,
+        reply_to_message_id="",
+        group_id="",
+        created_at=time.time(),
+        ttl=60.0 + number * 10,
+        message_type="train",
+    )
+    return kept(state, make_message(about, content))
+
+
+def kept_reply(state: Any, order: Message) -> Message:
+    return kept(state, Message(RecordDict({"late": ConfigRecord({})}), reply_to=order))
+
+
+def kept(state: Any, message: Message) -> Message:
+    message.metadata.__dict__["_message_id"] = message.object_id
+    tree = get_object_tree(message)
+    session = state.start_session(message.metadata.run_id)
+    assert state.store_message_and_object_tree(message, tree, session)[0]
+    for object_id, found in get_all_nested_objects(message).items():
+        state.object_store.put(object_id, found.deflate())
+    return message
 
 
 def listened_on(process: subprocess.Popen[bytes]) -> set[str]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import inspect
 import io
 import os
@@ -7,11 +8,13 @@ import socket
 import ssl
 import stat
 import subprocess
+import sys
 import threading
 import time
 import zipfile
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,7 +45,8 @@ from flwr.superlink.grid.http_grid import HttpGrid
 
 from server import link
 from server.consortium import TlsFiles, certificates
-from shared_models.errors import DocumentError, MachineError
+from shared_models.envelope import BUNDLE_DIGEST
+from shared_models.errors import DocumentError, MachineError, RunError
 from shared_models.files import locked
 
 
@@ -109,6 +113,34 @@ def test_the_bundle_holds_no_code(tmp_path: Path) -> None:
     assert sorted(names) == [".info/CONTENT", "LICENSE", "pyproject.toml"]
 
 
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
+def test_the_bundle_is_the_same_bytes_whatever_compresses_on_this_machine(tmp_path: Path) -> None:
+    bundle = build_fab_from_disk(link.thin_app(tmp_path / "app"))
+    packed = zipfile.ZipFile(io.BytesIO(bundle)).infolist()
+    assert {entry.compress_type for entry in packed} == {zipfile.ZIP_STORED}
+    assert {entry.date_time[:3] for entry in packed} == {(2024, 10, 1)}
+    assert hashlib.sha256(bundle).hexdigest() == BUNDLE_DIGEST
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
+def test_a_bundle_that_sites_would_not_obey_is_not_submitted(tmp_path: Path) -> None:
+    started = list[str]()
+
+    def start(request: StartRunRequest) -> SimpleNamespace:
+        started.append(request.fab.hash_str)
+        return SimpleNamespace(run_id=7)
+
+    client: Any = SimpleNamespace(StartRun=start)
+    process: Any = SimpleNamespace(poll=lambda: None)
+    superlink = link.SuperLink("", "", tmp_path, tmp_path / "log", process, client)
+    app_dir = link.thin_app(tmp_path / "app")
+    assert superlink.submit(app_dir, {}, bundle=BUNDLE_DIGEST) == 7
+    (app_dir / "LICENSE").write_text("Another licence.")
+    with pytest.raises(RunError, match=r"packs the app bundle as .* constraints\.txt"):
+        superlink.submit(app_dir, {}, bundle=BUNDLE_DIGEST)
+    assert started == [BUNDLE_DIGEST]
+
+
 def test_a_taken_port_is_told_with_its_cure(tmp_path: Path, tls: TlsFiles) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -173,6 +205,43 @@ def wait_for_mark(folder: Path) -> None:
     while not link._marked(link._mark_of(folder)):
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+def test_a_log_over_its_limit_is_moved_while_its_writer_goes_on(tmp_path: Path) -> None:
+    file = tmp_path / "superlink.log"
+    assert not link.bound_log(file, most_bytes=1000), "there is none"
+    line = "import sys\nfor each in sys.stdin: print(each * 100, end='', flush=True)\n"
+    with file.open("ab") as handle:
+        command = [sys.executable, "-c", line]
+        writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=handle, text=True)
+    with writer:
+        assert writer.stdin is not None
+
+        def say(word: str) -> None:
+            before = file.stat().st_size
+            print(word, file=writer.stdin, flush=True)
+            until = time.monotonic() + 20
+            while file.stat().st_size < before + 600:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+
+        say("first")
+        assert not link.bound_log(file, most_bytes=1000)
+        say("again")
+        assert link.bound_log(file, most_bytes=1000)
+        assert file.read_bytes() == b""
+        say("later")
+        assert file.read_text() == "later\n" * 100, "no gap where the earlier lines were"
+        earlier = (tmp_path / "superlink.log.1").read_text()
+        assert len(earlier) == 1000
+        assert earlier.endswith("again\n" * 100)
+        say("later")
+        assert link.bound_log(file, most_bytes=1000)
+        assert "again" not in (tmp_path / "superlink.log.1").read_text()
+    assert sorted(found.name for found in tmp_path.iterdir()) == [
+        "superlink.log",
+        "superlink.log.1",
+    ]
 
 
 def test_flower_stays_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import ValidationError
 
 from server import office as offices
 from server import register
@@ -111,6 +112,31 @@ def test_what_is_about_a_site_never_invited_is_refused(office: Office) -> None:
         book.add("revoked", site="nowhere")
     with pytest.raises(DocumentError, match="never invited"):
         offices.sites(office)
+
+
+def test_a_line_of_an_earlier_version_has_the_bytes_it_had(office: Office, file: Path) -> None:
+    before = file.read_bytes()
+    assert b'"study"' not in before
+    offices.close(office, "5a" * 32)
+    assert file.read_bytes().startswith(before)
+    assert [line.entry.schema_version for line in read(office)][-2:] == [1, 2]
+
+
+def test_a_study_is_closed_once_and_by_a_line_that_says_which(office: Office, file: Path) -> None:
+    sites = offices.sites(office)
+    for _ in range(2):
+        offices.close(office, "5a" * 32)
+    assert offices.closed(office) == {"5a" * 32}
+    assert offices.sites(office) == sites
+    closing = read(office)[-1].entry
+    assert (closing.kind, closing.site) == ("closed", None)
+    fields = closing.model_dump()
+    for wrong in ({"schema_version": 1}, {"study": None}, {"site": "north"}, {"kind": "revoked"}):
+        with pytest.raises(ValidationError):
+            register.Entry.model_validate(fields | wrong)
+    opened = read(office)[0].entry.model_dump()
+    with pytest.raises(ValidationError):
+        register.Entry.model_validate(opened | {"schema_version": 2})
 
 
 def test_the_register_holds_no_private_key(office: Office, file: Path) -> None:
