@@ -220,7 +220,7 @@ def _digest_of(start: Path) -> str | None:
 
 def _state(run_dir: Path, plan: StudyPlan, *, today: date) -> StudyState:
     """Return where a study stands, by what its run left."""
-    if (run_dir / report.JSON_NAME).exists():
+    if (run_dir / report.JSON_NAME).exists() or store.has_fingerprint(run_dir):
         return "finished"
     if plan.expires < today:
         return "closed"

@@ -77,12 +77,12 @@ def _run(run_dir: Path, connect: Callable[[Circle], Ask]) -> StudyReport:
     if found:
         raise ConsiliaError(found)
     before = _records_of(run_dir, plan)
-    expected = frozenset(_standing(run_dir, signed).sites)
+    expected = frozenset(standing(run_dir, signed).sites)
     validator = open_validator(plan, settings)
     keys = {site: settings.sites[site].node or "" for site in plan.sites if site in settings.sites}
     ask = connect(Circle(keys, expected, plan.rounds.quorum))
     weights = _rounds(
-        run_dir, plan, ask, standing=lambda: _standing(run_dir, signed), validator=validator
+        run_dir, plan, ask, standing=lambda: standing(run_dir, signed), validator=validator
     )
     final = final_report(validator, weights)
     seconds = time.monotonic() - started + sum(record.seconds for record in before)
@@ -95,7 +95,7 @@ def _run(run_dir: Path, connect: Callable[[Circle], Ask]) -> StudyReport:
     return finished
 
 
-def _standing(run_dir: Path, signed: SignedPlan) -> Consortium:
+def standing(run_dir: Path, signed: SignedPlan) -> Consortium:
     """Read who takes part from now on: the sites whose approvals are on file at this moment.
 
     Raises:
