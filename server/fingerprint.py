@@ -24,7 +24,7 @@ from server.geometry import cell_at
 from server.rounds import Ask, Circle
 from server.study import standing
 from shared_models.allowlists import objections
-from shared_models.contracts import Fingerprint, FingerprintReport, Refusal, RoundRecord, SiteReply
+from shared_models.contracts import FingerprintReport, Refusal, RoundRecord, SiteReply
 from shared_models.errors import ConsiliaError, DocumentError, RunError
 from shared_models.files import replace
 from shared_models.fingerprint import Layout, faults, layouts, summed
@@ -63,14 +63,25 @@ def read(run_dir: Path) -> FingerprintReport:
 
 
 def table(report: FingerprintReport) -> Table:
-    """Return the histograms as people read them: where the middle half of the patients are."""
+    """Return the histograms as people read them: all patients', and how far sites' medians go."""
     plan = parse(report.plan_toml).plan
-    shown = Table("", "10 %", "median", "90 %", *(reply.site for reply in report.replies))
+    shown = Table()
+    shown.add_column("", no_wrap=True)
+    for head in ("10 %", "median", "90 %", "medians of sites"):
+        shown.add_column(head, justify="right")
     each = [reply.fingerprint for reply in report.replies if reply.fingerprint is not None]
     for number, layout in enumerate(layouts(plan)):
-        medians = [_at(one, number, layout, 0.5) for one in each]
-        total = [_at(report.total, number, layout, share) for share in (0.1, 0.5, 0.9)]
-        shown.add_row(title(layout, plan), *total, *medians)
+        counts = report.total.histograms[number].counts
+        if layout.names:
+            whole = (max(0, round(count)) for count in counts)
+            words = [f"{name} {n}" for name, n in zip(layout.names, whole, strict=True)]
+            shown.add_row(title(layout, plan), "", ", ".join(words), "", "")
+            continue
+        cells = [cell_at(counts, share) for share in (0.1, 0.5, 0.9)]
+        medians = sorted(cell_at(one.histograms[number].counts, 0.5) for one in each)
+        ends = [_in_words(layout, cell) for cell in dict.fromkeys((medians[0], medians[-1]))]
+        words = [_in_words(layout, cell) for cell in cells]
+        shown.add_row(title(layout, plan), *words, " to ".join(ends))
     return shown
 
 
@@ -88,7 +99,7 @@ def title(layout: Layout, plan: StudyPlan) -> str:
     what, _, which = layout.name.partition("-")
     if what == "percentile" and plan.fingerprint is not None:
         asked = plan.fingerprint.intensity
-        return "" if asked is None else f"intensity, percentile {asked.percentiles[int(which)]:g}"
+        return "" if asked is None else f"intensity at {asked.percentiles[int(which)]:g} %"
     if what == "class" and which:
         classes = plan.task.params["classes"]
         return f"with {classes[int(which) - 1]}" if isinstance(classes, tuple) else layout.name
@@ -171,14 +182,8 @@ def _shortfall(record: RoundRecord, plan: StudyPlan) -> Iterator[str]:
     yield from (f"{refusal.site}: {refusal.code}" for refusal in record.refusals)
 
 
-def _at(found: Fingerprint, number: int, layout: Layout, share: float) -> str:
-    """Return where the patient at ``share`` of a histogram is, as a word for a table."""
-    counts = found.histograms[number].counts
-    if layout.names:
-        whole = [max(0, round(count)) for count in counts]
-        most = max(range(len(whole)), key=lambda cell: whole[cell])
-        return f"{layout.names[most]} {whole[most]}" if share == 0.5 else ""
-    cell = cell_at(counts, share)
-    if 0 < cell < layout.num_cells - 1:
-        return f"{layout.middle(cell):.3g}"
-    return f"< {layout.edges[0]:g}" if cell == 0 else f">= {layout.edges[-1]:g}"
+def _in_words(layout: Layout, cell: int) -> str:
+    if cell == 0:
+        return f"< {layout.edges[0]:g}"
+    is_last = cell == layout.num_cells - 1
+    return f">= {layout.edges[-1]:g}" if is_last else f"{layout.middle(cell):.3g}"
