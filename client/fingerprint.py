@@ -171,7 +171,9 @@ def _measured(
 ) -> Measured:
     terms = terms_of(plan)
     steps = pipeline(steps_of(plan), plugins=plugins)
-    classes = (task.encode_class(row.label),) if terms.classes == "label" else ()
+    classes: tuple[int, ...] = ()
+    if terms.classes == "label":
+        classes = (task.encode_class(row.label),)
     needs_map = terms.classes == "present" or (
         terms.intensity is not None and terms.intensity.within == "foreground"
     )

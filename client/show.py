@@ -343,7 +343,8 @@ def _decision(status: str) -> Text:
 
 
 def _word(state: str, done: int, plan: StudyPlan) -> str:
-    return state if state == "offered" else f"{state}, {done}/{plan.training.num_rounds}"
+    has_rounds = state != "offered" and plan.fingerprint is None
+    return f"{state}, {done}/{plan.training.num_rounds}" if has_rounds else state
 
 
 def _day(when: datetime) -> str:

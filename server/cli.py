@@ -158,6 +158,7 @@ def studies(office: OfficeDir = Path(), as_json: AsJson = False) -> None:
     for one, sites in zip(known, said, strict=True):
         plan = one.signed.plan
         rounds = f"{one.num_rounds_done} of {plan.training.num_rounds}"
+        rounds = rounds if plan.fingerprint is None else "fingerprint"
         words = ", ".join(f"{site}: {word or 'no answer yet'}" for site, word in sites.items())
         table.add_row(one.study[:12], plan.name, one.state, rounds, words)
     Console().print(table)

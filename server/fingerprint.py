@@ -5,7 +5,8 @@ from the sum is proposed (``server.geometry``).
 
 Guarantees:
     Histograms that are not those the plan asks for are refused, and their site is named.
-    Killed at any instant and run again, the sites are asked the same, and answer the same bytes.
+    Killed at any instant and run again, nothing is counted anew: what was told is on disk, or told
+    again.
     Fewer sites than the quorum give no fingerprint.
 """
 
@@ -22,7 +23,7 @@ from rich.table import Table
 from server import rounds, store
 from server.geometry import cell_at
 from server.rounds import Ask, Circle
-from server.study import standing
+from server.study import records_of, standing
 from shared_models.allowlists import objections
 from shared_models.contracts import FingerprintReport, Refusal, RoundRecord, SiteReply
 from shared_models.errors import ConsiliaError, DocumentError, RunError
@@ -113,15 +114,18 @@ def _run(run_dir: Path, connect: Callable[[Circle], Ask]) -> FingerprintReport:
     found = objections(plan, today=datetime.now(UTC).date())
     if found:
         raise ConsiliaError(found)
-    consortium = standing(run_dir, signed)
-    keys = {site: settings.sites[site].node or "" for site in plan.sites if site in settings.sites}
-    ask = connect(Circle(keys, frozenset(consortium.sites), plan.rounds.quorum))
-    record = believed(
-        rounds.ask_all(plan, {}, ask, kind="fingerprint", consortium=consortium), plan
-    )
-    if len(record.replies) < plan.rounds.quorum:
-        raise RunError(list(_shortfall(record, plan)))
-    store.append_round(run_dir, record)
+    done = records_of(run_dir, plan)
+    if not done:
+        consortium = standing(run_dir, signed)
+        known = [site for site in plan.sites if site in settings.sites]
+        keys = {site: settings.sites[site].node or "" for site in known}
+        ask = connect(Circle(keys, frozenset(consortium.sites), plan.rounds.quorum))
+        asked = rounds.ask_all(plan, {}, ask, kind="fingerprint", consortium=consortium)
+        done = [believed(asked, plan)]
+        if len(done[0].replies) < plan.rounds.quorum:
+            raise RunError(list(_shortfall(done[0], plan)))
+        store.append_round(run_dir, done[0])
+    record = done[0]
     report = report_of(signed, record)
     replace(run_dir / store.FINGERPRINT, report.model_dump_json(indent=2).encode())
     log.info("fingerprint: %d sites", len(record.replies))

@@ -76,7 +76,7 @@ def _run(run_dir: Path, connect: Callable[[Circle], Ask]) -> StudyReport:
     found = objections(plan, today=datetime.now(UTC).date())
     if found:
         raise ConsiliaError(found)
-    before = _records_of(run_dir, plan)
+    before = records_of(run_dir, plan)
     expected = frozenset(standing(run_dir, signed).sites)
     validator = open_validator(plan, settings)
     keys = {site: settings.sites[site].node or "" for site in plan.sites if site in settings.sites}
@@ -132,7 +132,7 @@ def _finished(run_dir: Path) -> StudyReport | None:
     return found
 
 
-def _records_of(run_dir: Path, plan: StudyPlan) -> list[RoundRecord]:
+def records_of(run_dir: Path, plan: StudyPlan) -> list[RoundRecord]:
     """Return what was recorded before this run, and insist that it is of ``plan``."""
     records = store.read_rounds(run_dir)
     said = {each.study for record in records for each in record.replies}
