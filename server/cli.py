@@ -457,7 +457,10 @@ def _show_fingerprint(run_dir: Path, *, as_json: bool, percentile: float = 95.0)
         Console().print(fingerprints.table(found))
         print(f"{found.num_patients} training patients ({sites})")
         print(fingerprints.protection(found))
-    toml = geometry.to_toml(geometry.propose(found.total, draft, percentile=percentile))
+    proposal = geometry.propose(
+        found.total, draft, num_sites=len(found.replies), percentile=percentile
+    )
+    toml = geometry.to_toml(proposal)
     if as_json:
         print(json.dumps({**found.model_dump(mode="json"), "proposal": toml}))
     else:

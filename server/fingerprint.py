@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from rich.table import Table
 
 from server import rounds, store
-from server.geometry import cell_at
+from server.geometry import cell_at, deviation
 from server.rounds import Ask, Circle
 from server.study import records_of, standing
 from shared_models.allowlists import objections
@@ -71,6 +71,7 @@ def table(report: FingerprintReport) -> Table:
     for head in ("10 %", "median", "90 %", "medians of sites"):
         shown.add_column(head, justify="right")
     each = [reply.fingerprint for reply in report.replies if reply.fingerprint is not None]
+    of_all, of_one = (deviation(plan, num_sites=n) for n in (len(each), 1))
     for number, layout in enumerate(layouts(plan)):
         counts = report.total.histograms[number].counts
         if layout.names:
@@ -78,8 +79,9 @@ def table(report: FingerprintReport) -> Table:
             words = [f"{name} {n}" for name, n in zip(layout.names, whole, strict=True)]
             shown.add_row(title(layout, plan), "", ", ".join(words), "", "")
             continue
-        cells = [cell_at(counts, share) for share in (0.1, 0.5, 0.9)]
-        medians = sorted(cell_at(one.histograms[number].counts, 0.5) for one in each)
+        cells = [cell_at(counts, share, deviation=of_all) for share in (0.1, 0.5, 0.9)]
+        theirs = [one.histograms[number].counts for one in each]
+        medians = sorted(cell_at(one, 0.5, deviation=of_one) for one in theirs)
         ends = [_in_words(layout, cell) for cell in dict.fromkeys((medians[0], medians[-1]))]
         words = [_in_words(layout, cell) for cell in cells]
         shown.add_row(title(layout, plan), *words, " to ".join(ends))

@@ -8,15 +8,17 @@ Guarantees:
     A value that lies outside the range asked for is refused, never guessed.
     The proposed size can be halved as often as the net halves it.
 
-Design: noise may make a cell negative and its neighbour too large, so that sums from one end would
-go up and down. They are made to rise by the mean of the least rising line above and the greatest
-below; emptying negative cells instead would add false patients where there are many empty cells.
+Design: noise fills empty cells, and in sums over many of them it outweighs the patients in a tail.
+So a share is looked for only in the one stretch of cells that holds patients: that which gains most
+by Akaike's criterion over taking its cells for empty ones (on real extents the 95th percentile is
+then within one cell nine times in ten, where it was one in five). In it sums from one end are made
+to rise, by the mean of the least rising line above and the greatest below.
 
 References:
     Isensee et al. 2021, nnU-Net, https://doi.org/10.1038/s41592-020-01008-z, methods and
     supplementary note 2: the median spacing, the tenth percentile along an axis over three times as
     coarse as the others, intensities of CT clipped to their 0.5 and 99.5 percentiles, z-scores
-    elsewhere.
+    elsewhere. Akaike 1974, A new look at the statistical model identification.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import numpy as np
 
 from shared_models.contracts import Fingerprint
 from shared_models.errors import ConsiliaError
-from shared_models.fingerprint import Layout, axes_of, layouts, terms_of
+from shared_models.fingerprint import Layout, axes_of, layouts, sensitivity, terms_of
 from shared_models.plan import Choice, StudyPlan
 
 #: An axis this many times coarser than the others, and with as many times fewer voxels, is not
@@ -59,10 +61,13 @@ class _Along(NamedTuple):
     why: str
 
 
-def propose(total: Fingerprint, draft: StudyPlan, *, percentile: float = 95.0) -> list[Reasoned]:
+def propose(
+    total: Fingerprint, draft: StudyPlan, *, num_sites: int = 1, percentile: float = 95.0
+) -> list[Reasoned]:
     """Return the imaging steps that follow from ``total``, the draft's own steps first.
 
-    ``percentile`` is of the patients' extents: the size that is cut or filled up to holds so many.
+    ``num_sites`` is how many sites' histograms, and noise, it is the sum of. ``percentile`` is of
+    the patients' extents: the size that is cut or filled up to holds so many.
 
     Raises:
         ConsiliaError: if what is needed lies outside the range that was asked for.
@@ -70,7 +75,7 @@ def propose(total: Fingerprint, draft: StudyPlan, *, percentile: float = 95.0) -
     """
     if not 0 < percentile < 100:
         raise ValueError(f"expected a percentile between 0 and 100, got {percentile}")
-    read = _reader(total, draft)
+    read = _reader(total, draft, deviation(draft, num_sites=num_sites))
     found = [
         Reasoned(step, ("the draft's own; the fingerprint was taken after it",))
         for step in draft.imaging
@@ -97,21 +102,46 @@ def to_toml(proposal: Sequence[Reasoned]) -> str:
     return "\n".join(tables)
 
 
-def cell_at(counts: Sequence[float], share: float) -> int:
-    """Return the first cell up to which ``share`` of the counts are, noise or not."""
-    rising = np.cumsum(np.asarray(counts, np.float64))
+def deviation(draft: StudyPlan, *, num_sites: int) -> float:
+    """Return the standard deviation of the noise in each cell of a sum over ``num_sites``."""
+    return (terms_of(draft).noise_multiplier or 0.0) * sensitivity(draft) * math.sqrt(num_sites)
+
+
+def occupied(counts: Sequence[float], *, deviation: float) -> slice:
+    """Return the stretch of cells that holds patients: what of ``counts`` noise does not explain.
+
+    A cell taken for empty costs the square of its count over twice the noise's variance, one taken
+    for what it shows costs 1; the stretch with the greatest gain is the answer (Kadane's sums).
+    """
+    if deviation == 0:
+        return slice(0, len(counts))
+    found, best, gain, start = slice(0, len(counts)), 0.0, 0.0, 0
+    for cell, count in enumerate(counts):
+        if gain <= 0:
+            gain, start = 0.0, cell
+        gain += max(count / deviation, 0.0) ** 2 / 2 - 1
+        if gain > best:
+            best, found = gain, slice(start, cell + 1)
+    return found
+
+
+def cell_at(counts: Sequence[float], share: float, *, deviation: float = 0.0) -> int:
+    """Return the first cell up to which ``share`` of the counts are, whatever the noise."""
+    where = occupied(counts, deviation=deviation)
+    rising = np.cumsum(np.asarray(counts[where], np.float64))
     upper = np.maximum.accumulate(rising)
     lower = np.minimum.accumulate(rising[::-1])[::-1]
     whole = (upper + lower) / 2
-    return int(np.argmax(whole >= share * whole[-1] - 1e-9))
+    return int(where.start + np.argmax(whole >= share * whole[-1] - 1e-9))
 
 
 class _Read(NamedTuple):
     layout: Layout
     counts: tuple[float, ...]
+    deviation: float
 
     def at(self, share: float, *, table: str) -> float:
-        cell = cell_at(self.counts, share)
+        cell = cell_at(self.counts, share, deviation=self.deviation)
         if not 0 < cell < self.layout.num_cells - 1:
             low, high = self.layout.edges[0], self.layout.edges[-1]
             raise ConsiliaError(
@@ -121,13 +151,13 @@ class _Read(NamedTuple):
         return self.layout.middle(cell)
 
 
-def _reader(total: Fingerprint, draft: StudyPlan) -> dict[str, _Read]:
+def _reader(total: Fingerprint, draft: StudyPlan, deviation: float) -> dict[str, _Read]:
     asked = layouts(draft)
     told = [(one.name, len(one.counts)) for one in total.histograms]
     if told != [(layout.name, layout.num_cells) for layout in asked]:
         raise ValueError("expected the histograms that the draft asks for")
     return {
-        layout.name: _Read(layout, one.counts)
+        layout.name: _Read(layout, one.counts, deviation)
         for layout, one in zip(asked, total.histograms, strict=True)
     }
 
@@ -209,7 +239,7 @@ def _normalization(read: dict[str, _Read], draft: StudyPlan) -> Reasoned:
     if not terms.modalities:
         why = "no modality was asked for: each image's own mean and deviation"
         return Reasoned(z_score, (why,))
-    layout, counts = read["modality"]
+    layout, counts, _ = read["modality"]
     most = max(range(len(counts)), key=lambda cell: counts[cell])
     name, share = layout.names[most], max(0.0, counts[most]) / max(1.0, sum(counts))
     of = f"most images are {name} ({100 * min(1.0, share):.0f} %)"

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.geometry import Reasoned, cell_at, propose, to_toml
+from server.geometry import Reasoned, cell_at, occupied, propose, to_toml
 from shared_models import allowlists
 from shared_models.contracts import Fingerprint, Histogram
 from shared_models.errors import ConsiliaError
@@ -182,10 +182,24 @@ def test_without_noise_a_share_is_found_where_numpy_finds_it(
     assert cell_at([float(n) for n in counts], share) == expected
 
 
-def test_noise_moves_the_median_by_little(draft: Drafts) -> None:
-    """200 patients over 8 of 40 cells, noise of 8 in each: nearly always within two cells."""
+@pytest.mark.parametrize("share", [0.5, 0.95])
+def test_noise_moves_a_share_by_little(share: float) -> None:
+    """200 patients in 8 of 60 cells, noise of 8 in each: nearly always within two cells."""
     rng = np.random.default_rng(7)
-    exact = np.zeros(40)
+    exact = np.zeros(60)
     exact[16:24] = 25
-    found = np.array([cell_at((exact + rng.normal(0, 8, 40)).tolist(), 0.5) for _ in range(200)])
-    assert np.mean(np.abs(found - cell_at(exact.tolist(), 0.5)) <= 2) > 0.9
+    truth = cell_at(exact.tolist(), share)
+    found = np.array(
+        [cell_at((exact + rng.normal(0, 8, 60)).tolist(), share, deviation=8) for _ in range(200)]
+    )
+    assert np.mean(np.abs(found - truth) <= 2) > 0.95
+
+
+def test_patients_of_two_kinds_are_not_taken_for_noise() -> None:
+    counts = [0.0] * 5 + [40.0] + [1.0, -2.0] * 3 + [30.0] + [2.0] * 9
+    assert occupied(counts, deviation=4) == slice(5, 13)
+    assert occupied(counts, deviation=0) == slice(0, len(counts))
+
+
+def test_where_there_is_only_noise_no_stretch_is_left_out() -> None:
+    assert occupied([1.0, -1.0, 0.5], deviation=4) == slice(0, 3)
