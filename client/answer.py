@@ -13,6 +13,8 @@ Guarantees:
     What was made for a study whose approval was withdrawn meanwhile does not leave.
     What cannot be written in the journal does not leave.
     An earlier round than the last one answered is refused, by an agent started anew as well.
+    A plan that asks for a fingerprint is answered with that, and nothing is trained under it.
+    A fingerprint without noise is measured once for each plan; asked again, it is the same bytes.
 """
 
 from __future__ import annotations
@@ -35,8 +37,9 @@ from client.gate import Refused, Result, pass_out, refusal
 from client.policy import broken_rules, is_quiet
 from client.supervisor import Supervisor, exposed, tell
 from client.work import Bench, Cohort, Job, Step, Trainer
-from shared_models.contracts import PrivacyStatement, Reservation, RoundOrder
+from shared_models.contracts import PrivacyEvent, PrivacyStatement, Reservation, RoundOrder
 from shared_models.errors import ConsiliaError, DataError, LedgerError, MachineError
+from shared_models.fingerprint import event_of_fingerprint
 from shared_models.journal import parse
 from shared_models.plan import SignedPlan, StudyPlan, event_of
 from shared_models.privacy import events_of, share_of, statement
@@ -262,7 +265,7 @@ def _opened(letter: Letter, site: Site) -> tuple[RoundOrder, Array]:
     except ConsiliaError as error:
         raise Refused("bad-signature", str(error)) from error
     if not isinstance(order, RoundOrder) or vector is None:
-        raise Refused("bad-order", "expected an order with weights")
+        raise Refused("bad-order", "expected an order with weights, none of them for a fingerprint")
     if order.site != site.config.name:
         raise Refused("bad-order", "the order is for another site")
     if digest(vector) != order.weights_digest:
@@ -288,7 +291,10 @@ def _admitted(order: RoundOrder, vector: Array, site: Site) -> Study:
         raise Refused("out-of-order", "an earlier round than the last one answered")
     if order.kind == "alone" and not plan.compare_alone:
         raise Refused("bad-order", "the plan does not compare with training alone")
-    if order.round_ > plan.training.num_rounds - (order.kind == "train"):
+    if (order.kind == "fingerprint") != (plan.fingerprint is not None):
+        raise Refused("bad-order", "a plan that asks for a fingerprint asks for nothing else")
+    last = 0 if order.kind == "fingerprint" else plan.training.num_rounds - (order.kind == "train")
+    if order.round_ > last:
         raise Refused("out-of-order", "a later round than the plan has")
     is_first = order.kind == "alone" or (order.kind == "train" and order.round_ == 0)
     if is_first and plan.start not in (None, order.weights_digest):
@@ -296,7 +302,7 @@ def _admitted(order: RoundOrder, vector: Array, site: Site) -> Study:
     if order.study not in site.studies:
         site.studies[order.study] = _ruled(plan, order, site)
     study = site.studies[order.study]
-    if vector.shape != (size_of(study.schema),):
+    if vector.shape != (0 if order.kind == "fingerprint" else size_of(study.schema),):
         raise Refused("bad-order", "the weights do not fit the plan's net")
     return study
 
@@ -313,12 +319,15 @@ def _ruled(plan: StudyPlan, order: RoundOrder, site: Site) -> Study:
 
 
 def _counted(order: RoundOrder, plan: StudyPlan, site: Site) -> Cohort:
-    """Have the site's patients read, and return their number if they may be trained on."""
-    outcome, _ = site.trainer(_job("prepare", plan, order, site), None)
+    """Have the site's patients read, and return their number if there are enough for the order."""
+    step: Step = "measure" if order.kind == "fingerprint" else "prepare"
+    outcome, _ = site.trainer(_job(step, plan, order, site), None)
     cohort = outcome.cohort
     if cohort is None:
         raise MachineError("expected a count of the patients, got none")
     fewest = max(plan.min_patients, site.config.policy.min_patients)
+    if plan.fingerprint is not None:
+        fewest = max(fewest, plan.fingerprint.min_cell, site.config.policy.min_cell)
     if cohort.num_patients < fewest:
         raise Refused(
             "too-few-patients",
@@ -375,12 +384,14 @@ def _said_now(order: RoundOrder, vector: Array, study: Study, site: Site) -> Let
 def _obey(order: RoundOrder, vector: Array, study: Study, site: Site) -> Result:
     """Have done what the order asks: evaluate, train, or train alone."""
     plan = study.plan
+    _refuse_another_fingerprint(order, plan, site)
     cohort = _counted(order, plan, site)
     started = time.monotonic()
     is_masked = order.kind == "train" and plan.rounds.secure_aggregation
     mask = masks.mask_for(order, plan, site.config) if is_masked else None
     charge, privacy = _charge(order, study, site)
-    outcome, update = site.trainer(_job(order.kind, plan, order, site), vector)
+    given = None if order.kind == "fingerprint" else vector
+    outcome, update = site.trainer(_job(order.kind, plan, order, site), given)
     if outcome.cohort != cohort:
         raise MachineError("the number of patients changed during the round")
     return Result(
@@ -392,7 +403,18 @@ def _obey(order: RoundOrder, vector: Array, study: Study, site: Site) -> Result:
         privacy=privacy,
         charge=charge,
         mask=mask,
+        fingerprint=outcome.fingerprint,
     )
+
+
+def _refuse_another_fingerprint(order: RoundOrder, plan: StudyPlan, site: Site) -> None:
+    """Refuse to count again without noise: two counts tell who came between them."""
+    is_told = (order.study, order.kind) in site.last_round
+    if order.kind == "fingerprint" and plan.privacy is None and is_told:
+        raise Refused(
+            "out-of-order",
+            "a fingerprint without noise is told once; propose another plan, or one with noise",
+        )
 
 
 def _job(step: Step, plan: StudyPlan, order: RoundOrder, site: Site) -> Job:
@@ -411,14 +433,26 @@ def _job(step: Step, plan: StudyPlan, order: RoundOrder, site: Site) -> Job:
         plugins=config.policy.plugins,
         today=_today(),
         round_=order.round_,
-        noise_multiplier=_noise_multiplier(plan, step) if step in ("train", "alone") else 0.0,
+        noise_multiplier=_noise_multiplier(plan, step),
+        min_cell=config.policy.min_cell,
         limit_s=max(min(left_s, most_s), 1e-3),
     )
 
 
-def _noise_multiplier(plan: StudyPlan, purpose: str) -> float:
+def _noise_multiplier(plan: StudyPlan, step: Step) -> float:
     """Return the noise this site adds by itself: all of it, or its share; 0 without privacy."""
-    return 0.0 if plan.privacy is None else share_of(event_of(plan, steps=1, purpose=purpose))
+    if plan.privacy is None or step not in ("train", "alone", "fingerprint"):
+        return 0.0
+    return share_of(_event(plan, step))
+
+
+def _event(plan: StudyPlan, kind: str) -> PrivacyEvent:
+    """Return what obeying one order of that kind does to the patients, under privacy terms."""
+    if kind == "fingerprint":
+        return event_of_fingerprint(plan)
+    terms = plan.training
+    steps = terms.steps_per_round * (terms.num_rounds if kind == "alone" else 1)
+    return event_of(plan, steps=steps, purpose=kind)
 
 
 def _charge(
@@ -428,15 +462,13 @@ def _charge(
     privacy = study.plan.privacy
     if privacy is None or order.kind == "evaluate":
         return None, None
-    terms = study.plan.training
-    steps = terms.steps_per_round * (terms.num_rounds if order.kind == "alone" else 1)
     policy = site.config.policy
     site.is_caught_up = False  # until the journal has what the ledger has
     charged = ledger.reserve(
         site.config.state_dir,
         study=order.study,
         round_=order.round_,
-        event=event_of(study.plan, steps=steps, purpose=order.kind),
+        event=_event(study.plan, order.kind),
         budget=ledger.Budget(
             per_study=min(policy.max_epsilon_per_study, privacy.epsilon),
             lifetime=policy.max_epsilon_lifetime,

@@ -75,6 +75,7 @@ QuietHours = Annotated[
 class PolicySettings(Contract):
     """What this hospital allows. Anything not allowed here is refused.
 
+    ``min_cell``: where a fingerprint has no noise, fewer patients than that are not told of.
     ``peers`` names the file of the hospitals it trusts for secure aggregation (``peers.py``).
     ``quiet_hours`` are when nothing is trained, by the clocks of ``time_zone`` (an IANA name) or
     else of this machine: ``"07:00-19:00"``, ``"mon-fri 07:00-19:00"``, ``"sat,sun 00:00-24:00"``. A
@@ -94,6 +95,8 @@ class PolicySettings(Contract):
     max_update_mb: Positive = 200.0
     metrics: tuple[MetricName, ...]
     allow_without_privacy: bool = False
+    allow_fingerprint: bool = False
+    min_cell: Annotated[int, Field(ge=3)] = 5
     plugins: tuple[str, ...] = ()
     peers: Path = Path("peers.toml")
     quiet_hours: tuple[QuietHours, ...] = ()

@@ -9,6 +9,8 @@ Guarantees:
     A number beside the update leaves with four decimals at most, and only as large as a measure is.
     A metric is named by the site's list and the plan's classes, by nothing else.
     Under a plan with secure aggregation no update leaves without its mask.
+    A fingerprint leaves under a plan that asks for it, in that plan's cells, and nothing beside it.
+    A fingerprint without noise never leaves with a count of fewer patients than plan or site allow.
 
 Design: the gate sees results only, not how they came about, and depends on nothing a study chooses
 but the plan itself. Any doubt is a refusal; what was wrong goes to the site's log, never out.
@@ -28,12 +30,14 @@ from client.config import SiteConfig
 from shared_models import weights as weights_of
 from shared_models.contracts import (
     Evaluation,
+    Fingerprint,
     PrivacyStatement,
     Refusal,
     Reservation,
     RoundOrder,
     SiteReply,
 )
+from shared_models.fingerprint import faults
 from shared_models.masking import Masked
 from shared_models.plan import StudyPlan
 from shared_models.privacy import sentences_for
@@ -68,6 +72,7 @@ class Result(NamedTuple):
     privacy: PrivacyStatement | None = None
     charge: Reservation | None = None
     mask: Callable[[NDArray[np.floating]], Masked] | None = None
+    fingerprint: Fingerprint | None = None
 
 
 def pass_out(
@@ -121,6 +126,7 @@ def _reply(
 ) -> SiteReply:
     """Make the reply from plain values, so that every one of them is checked once more."""
     evaluation, privacy = _redacted(result.evaluation, plan, site), result.privacy
+    fingerprint = result.fingerprint
     return SiteReply.model_validate(
         {
             "study": order.study,
@@ -134,6 +140,7 @@ def _reply(
             "is_masked": vector is not None and result.mask is not None,
             "evaluation": None if evaluation is None else evaluation.model_dump(warnings=False),
             "privacy": None if privacy is None else privacy.model_dump(warnings=False),
+            "fingerprint": None if fingerprint is None else _rounded(fingerprint),
             "seconds": round(result.seconds, 2),
         }
     )
@@ -143,7 +150,7 @@ def _objections(
     result: Result, *, order: RoundOrder, plan: StudyPlan, site: SiteConfig, schema: Schema
 ) -> list[str]:
     found = []
-    is_trained = order.kind in ("train", "alone")
+    is_charged = order.kind != "evaluate"
     if (result.update is not None) != (order.kind == "train"):
         found.append("an update leaves with an order to train, and only then")
     if result.update is not None:
@@ -157,19 +164,41 @@ def _objections(
             found.append("an update is masked under secure aggregation, and only then")
     if plan.privacy is not None and result.train_loss is not None:
         found.append("the plan is private but the training loss is not noised")
-    if is_trained and plan.privacy is not None and result.privacy is None:
+    if is_charged and plan.privacy is not None and result.privacy is None:
         found.append("the plan is private but nothing was charged for this round")
     if result.privacy is not None and plan.privacy is not None:
         allowed = min(plan.privacy.epsilon, site.policy.max_epsilon_per_study)
         if result.privacy.epsilon > allowed:
             found.append("the study's epsilon exceeds what plan and site allow")
-    if result.privacy is not None and not _is_ours(result.privacy):
+    if result.privacy is not None and not _is_ours(result.privacy, plan):
         found.append("the privacy statement is not in the platform's own words")
     if not all(_is_plain(value, most=most) for value, most in _numbers(result)):
         found.append("a number beside the update is none, not finite, or larger than a measure is")
-    if is_trained and result.num_patients < max(plan.min_patients, site.policy.min_patients):
+    if is_charged and result.num_patients < max(plan.min_patients, site.policy.min_patients):
         found.append("fewer patients than the plan or the site allows")
-    return found
+    return found or _fingerprint_objections(result, order=order, plan=plan, site=site)
+
+
+def _fingerprint_objections(
+    result: Result, *, order: RoundOrder, plan: StudyPlan, site: SiteConfig
+) -> list[str]:
+    is_asked = order.kind == "fingerprint"
+    if (plan.fingerprint is not None) != is_asked:
+        return ["a plan that asks for a fingerprint asks for nothing else"]
+    if result.fingerprint is None:
+        return ["the fingerprint asked for is missing"] if is_asked else []
+    if not is_asked:
+        return ["a fingerprint leaves with an order for it, and only then"]
+    if result.evaluation is not None or result.train_loss is not None:
+        return ["a fingerprint leaves alone"]
+    if not site.policy.allow_fingerprint:
+        return ["this site tells no fingerprints"]
+    return faults(
+        result.fingerprint,
+        plan,
+        num_patients=result.num_patients,
+        min_cell=site.policy.min_cell,
+    )
 
 
 def _update_objections(
@@ -198,6 +227,8 @@ def _numbers(result: Result) -> Iterator[tuple[object, float]]:
         counts += [evaluation.num_patients, evaluation.num_images]
         measures += evaluation.metrics.values()
         measures += [bound for bounds in evaluation.intervals.values() for bound in bounds]
+    if result.fingerprint is not None:
+        counts += [count for one in result.fingerprint.histograms for count in one.counts]
     yield from ((measure, MOST_MEASURE) for measure in measures)
     yield from ((count, MOST_COUNT) for count in counts)
 
@@ -206,8 +237,19 @@ def _is_plain(value: object, *, most: float) -> bool:
     return isinstance(value, int | float) and abs(value) <= most
 
 
-def _is_ours(privacy: PrivacyStatement) -> bool:
-    return (privacy.covers, privacy.does_not_cover) == sentences_for(privacy.noise_shares)
+def _is_ours(privacy: PrivacyStatement, plan: StudyPlan) -> bool:
+    return (privacy.covers, privacy.does_not_cover) == sentences_for(
+        privacy.noise_shares, is_fingerprint=plan.fingerprint is not None
+    )
+
+
+def _rounded(fingerprint: Fingerprint) -> dict[str, object]:
+    """Return a fingerprint's plain values, its counts with four decimals at most."""
+    histograms = [
+        {"name": one.name, "counts": [round(count, 4) for count in one.counts]}
+        for one in fingerprint.histograms
+    ]
+    return {"min_cell": fingerprint.min_cell, "histograms": histograms}
 
 
 def _redacted(

@@ -139,6 +139,16 @@ def allows_delta(plan: StudyPlan, site: SiteConfig) -> str | None:
     )
 
 
+def allows_fingerprint(plan: StudyPlan, site: SiteConfig) -> str | None:
+    """A fingerprint of the images is told only if this site says so."""
+    if plan.fingerprint is None or site.policy.allow_fingerprint:
+        return None
+    return (
+        "fingerprint: this site tells no fingerprints of its images; ask its people to set "
+        "policy.allow_fingerprint, or leave the [fingerprint] table out"
+    )
+
+
 def knows_peers(plan: StudyPlan, site: SiteConfig) -> str | None:
     """Secure aggregation hides an update only among sites this one trusts, by key."""
     if not plan.rounds.secure_aggregation:
@@ -206,6 +216,7 @@ RULES: tuple[Rule, ...] = (
     allows_delta,
     agrees_on_classes,
     knows_peers,
+    allows_fingerprint,
 )
 
 RULES_BEFOREHAND: tuple[Rule, ...] = (allows_lifetime, allows_size)

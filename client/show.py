@@ -15,7 +15,8 @@ from rich.text import Text
 
 from client.status import Cost, Left, Refused, Status, StudyStatus
 from client.studies import SHORT, Known
-from shared_models.plan import StudyPlan, fewest_honest, planned_events
+from shared_models.fingerprint import layouts, sensitivity, terms_of
+from shared_models.plan import PrivacyTerms, StudyPlan, fewest_honest, planned_events
 from shared_models.privacy import epsilon, sentences_for
 from shared_models.terminal import downward, printable, size, upward
 
@@ -96,6 +97,9 @@ def _facts(plan: StudyPlan, *, test_floor: int) -> Iterator[tuple[str, str]]:
     if plan.description:
         yield "In its words", f"“{printable(plan.description)}”"
     yield "Sites", f"{', '.join(plan.sites)}; at least {rounds.quorum} in every round"
+    if plan.fingerprint is not None:
+        yield from _fingerprint_facts(plan)
+        return
     yield "Learns", f"{plan.task.name}{_params(plan.task.params)}"
     yield "Net", f"{plan.net.name}{_params(plan.net.params)}"
     yield "Images", ", then ".join(f"{c.name}{_params(c.params)}" for c in plan.imaging) or "as is"
@@ -109,6 +113,26 @@ def _facts(plan: StudyPlan, *, test_floor: int) -> Iterator[tuple[str, str]]:
     yield "Patients", f"at least {plan.min_patients} to train on, or this site stays out"
     yield "Expires", f"{plan.expires}"
     yield "What leaves", " ".join(_leaves(plan, test_floor=test_floor))
+    yield "Stays here", "images, patients' names and numbers, labels, paths, the ledger"
+    yield from _privacy(plan)
+
+
+def _fingerprint_facts(plan: StudyPlan) -> Iterator[tuple[str, str]]:
+    """Say what a plan asks that trains nothing; its net and training are a draft."""
+    terms, steps = terms_of(plan), ", then ".join(c.name for c in plan.imaging)
+    names = ", ".join(layout.name for layout in layouts(plan))
+    yield "Learns", "nothing: it asks for a fingerprint of the images, and no net is trained"
+    yield "Counts", f"{len(layouts(plan))} histograms: {names}"
+    yield "Images", f"one of each training patient, {f'after {steps}' if steps else 'as is'}"
+    yield "Patients", f"at least {plan.min_patients} to train on, or this site stays out"
+    yield "Expires", f"{plan.expires}"
+    what = (
+        "with noise added here to every count"
+        if plan.privacy is not None
+        else f"WITHOUT any noise, none of fewer than {terms.min_cell} patients or this site's own "
+        "floor if that is larger"
+    )
+    yield "What leaves", f"Once: these counts of patients, {what}; and how many they are."
     yield "Stays here", "images, patients' names and numbers, labels, paths, the ledger"
     yield from _privacy(plan)
 
@@ -134,11 +158,15 @@ def _leaves(plan: StudyPlan, *, test_floor: int) -> Iterator[str]:
 
 def _privacy(plan: StudyPlan) -> Iterator[tuple[str, str]]:
     terms = plan.privacy
+    if terms is None and plan.fingerprint is not None:
+        yield "Privacy", "NONE: counts are gathered, which is not differential privacy"
+        return
     if terms is None:
         yield "Privacy", "NONE: nothing bounds what the model may reveal about a single patient"
         return
     cost = epsilon(planned_events(plan), delta=terms.delta)
-    covers, not_covered = sentences_for(terms.noise_shares)
+    is_told = plan.fingerprint is not None
+    covers, not_covered = sentences_for(terms.noise_shares, is_fingerprint=is_told)
     spare = f", {plan.rounds.spare} rounds asked again included" if plan.rounds.spare else ""
     yield (
         "Privacy cost",
@@ -147,12 +175,23 @@ def _privacy(plan: StudyPlan) -> Iterator[tuple[str, str]]:
     )
     yield (
         "How counted",
-        "dp_accounting PLD, pessimistic, rounded up; Poisson sampling; add or remove one patient; "
-        f"noise multiplier {terms.noise_multiplier:g}, gradients clipped to "
-        f"{terms.max_grad_norm:g} ({terms.clipping})",
+        f"dp_accounting PLD, pessimistic, rounded up; {_mechanism(plan, terms)}",
     )
     yield "Covers", covers
     yield "Does not cover", not_covered
+
+
+def _mechanism(plan: StudyPlan, terms: PrivacyTerms) -> str:
+    if plan.fingerprint is None:
+        return (
+            "Poisson sampling; add or remove one patient; noise multiplier "
+            f"{terms.noise_multiplier:g}, gradients clipped to {terms.max_grad_norm:g} "
+            f"({terms.clipping})"
+        )
+    return (
+        f"add or remove one patient; noise multiplier {plan.fingerprint.noise_multiplier or 0:g} "
+        f"on histograms that one patient changes by {sensitivity(plan):.4g} together"
+    )
 
 
 def _params(params: object) -> str:
@@ -279,7 +318,12 @@ def _left(found: Sequence[Left]) -> RenderableType:
     return table
 
 
-KINDS = {"train": "an update", "evaluate": "metrics", "alone": "metrics (alone)"}
+KINDS = {
+    "train": "an update",
+    "evaluate": "metrics",
+    "alone": "metrics (alone)",
+    "fingerprint": "a fingerprint",
+}
 
 
 def _refused(found: Sequence[Refused]) -> RenderableType:
@@ -314,7 +358,8 @@ def _decision(status: str) -> Text:
 
 
 def _word(state: str, done: int, plan: StudyPlan) -> str:
-    return state if state == "offered" else f"{state}, {done}/{plan.training.num_rounds}"
+    has_rounds = state != "offered" and plan.fingerprint is None
+    return f"{state}, {done}/{plan.training.num_rounds}" if has_rounds else state
 
 
 def _day(when: datetime) -> str:

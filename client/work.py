@@ -22,6 +22,7 @@ from shared_models.contracts import (
     Count,
     Digest,
     Evaluation,
+    Fingerprint,
     NonNegative,
     Positive,
     SiteName,
@@ -31,15 +32,17 @@ from shared_models.weights import Array, Schema, flatten, subtract, unflatten
 
 log = logging.getLogger(__name__)
 
-Step = Literal["judge", "prepare", "evaluate", "train", "alone"]
+Step = Literal["judge", "prepare", "evaluate", "train", "alone", "measure", "fingerprint"]
 
 
 class Job(Contract):
     """One thing to do for a study.
 
     ``judge``: say what is wrong with the plan, and its net's tensors; no image is read for that.
-    ``prepare``: read the patients and count them. The rest as in an order, with weights beside it.
-    ``round_`` and ``noise_multiplier`` are for training; ``today`` is for judging.
+    ``prepare``: read the patients and count them; ``measure`` does so for a ``fingerprint``, which
+    then tells what was measured. The rest as in an order, with weights beside it.
+    ``round_`` and ``noise_multiplier`` are for what is trained or told; ``today`` is for judging,
+    and ``min_cell`` for a fingerprint without noise.
     A worker that takes longer than ``limit_s`` is ended.
     """
 
@@ -53,6 +56,7 @@ class Job(Contract):
     today: date
     round_: Count = 0
     noise_multiplier: NonNegative = 0.0
+    min_cell: Count = 0
     limit_s: Positive = 3600.0
 
 
@@ -73,6 +77,7 @@ class Outcome(Contract):
     cohort: Cohort | None = None
     loss: float | None = None
     evaluation: Evaluation | None = None
+    fingerprint: Fingerprint | None = None
 
 
 #: Does a job; weights go in beside it, an update comes out.
@@ -93,6 +98,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.studies: dict[str, Ready] = {}
+        self.measured: dict[str, list[Any]] = {}
 
     def __call__(self, job: Job, weights: Array | None) -> tuple[Outcome, Array | None]:
         """Do ``job``.
@@ -106,6 +112,10 @@ class Bench:
         torch.set_num_threads(job.performance.threads)
         if job.step == "judge":
             return _judged(job), None
+        if job.step in ("measure", "fingerprint"):
+            if job.study not in self.measured:
+                self.measured[job.study] = _measured(job)
+            return _told(job, self.measured[job.study]), None
         if job.study not in self.studies:
             self.studies[job.study] = _read(job)
         study = self.studies[job.study]
@@ -185,6 +195,32 @@ def _read(job: Job) -> Ready:
             and mixes_images(net, torch.stack([view[0] for view in views])),
         ),
     )
+
+
+def _measured(job: Job) -> list[Any]:
+    """Measure the site's training patients for a fingerprint."""
+    from client.fingerprint import measure
+
+    return measure(
+        job.data.manifest,
+        root=job.data.root,
+        plan=job.plan,
+        task=_task(job),
+        plugins=job.plugins,
+    )
+
+
+def _told(job: Job, patients: list[Any]) -> Outcome:
+    """Count the patients measured, and tell their fingerprint if that is the job."""
+    from client.fingerprint import told
+
+    cohort = Cohort(
+        num_patients=len(patients), num_test_patients=0, num_test_images=0, is_mixed=False
+    )
+    if job.step == "measure":
+        return Outcome(cohort=cohort)
+    found = told(patients, job.plan, noise_multiplier=job.noise_multiplier, min_cell=job.min_cell)
+    return Outcome(cohort=cohort, fingerprint=found)
 
 
 def _done(job: Job, weights: Array, study: Ready) -> tuple[Outcome, Array | None]:

@@ -82,7 +82,7 @@ class Presence(NamedTuple):
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the study in the run directory that the run's configuration names."""
-    from server.study import run
+    from server import fingerprint, store, study
 
     if not isinstance(grid, HttpGrid):
         raise MachineError(f"expected Flower's HTTP grid, got {type(grid).__name__}")
@@ -91,7 +91,11 @@ def main(grid: Grid, context: Context) -> None:
     def reach(circle: Circle) -> Ask:
         return connect(http_grid, circle.keys, expected=circle.expected, quorum=circle.quorum)
 
-    run(Path(str(context.run_config["run-dir"])), reach)
+    run_dir = Path(str(context.run_config["run-dir"]))
+    if store.read_plan(run_dir).plan.fingerprint is not None:
+        fingerprint.run(run_dir, reach)
+    else:
+        study.run(run_dir, reach)
 
 
 def connect(

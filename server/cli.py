@@ -159,6 +159,7 @@ def studies(office: OfficeDir = Path(), as_json: AsJson = False) -> None:
     for one, sites in zip(known, said, strict=True):
         plan = one.signed.plan
         rounds = f"{one.num_rounds_done} of {plan.training.num_rounds}"
+        rounds = rounds if plan.fingerprint is None else "fingerprint"
         words = ", ".join(f"{site}: {word or 'no answer yet'}" for site, word in sites.items())
         table.add_row(one.study[:12], plan.name, one.state, rounds, words)
     Console().print(table)
@@ -176,6 +177,7 @@ def run(
     from server import office as offices
     from server import report as reports
     from server import serve as serving
+    from server import store
 
     run_dir = _study(office, study)
     serving.want(offices.read(office), run_dir)
@@ -184,6 +186,9 @@ def run(
         return
     with _interruptible("stopped looking; the study goes on"), _progress() as progress:
         follows.follow(run_dir, progress)
+    if store.has_fingerprint(run_dir):
+        _show_fingerprint(run_dir, as_json=as_json)
+        return
     _finish(reports.read(run_dir / "report.json"), run_dir, as_json=as_json)
 
 
@@ -289,6 +294,7 @@ def simulate(
     """Run a plan in this process: the same rounds, functions instead of a network."""
     from server import demo as demos
     from server.simulate import simulate as run
+    from server.simulate import take_fingerprint
     from shared_models import plan as plans
 
     folders = [*(sites or []), *(more or [])]
@@ -297,6 +303,10 @@ def simulate(
     target = out or Path("runs") / f"simulation-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     signed = plans.read(plan)
     demos.check_room(target)
+    if signed.plan.fingerprint is not None:
+        take_fingerprint(signed.plan, folders, target)
+        _show_fingerprint(target, as_json=as_json)
+        return
     found = run(
         signed.plan,
         folders,
@@ -400,6 +410,48 @@ def report(
     found = reports.read(run_dir / "report.json")
     reports.write(found, run_dir)
     _finish(found, run_dir, as_json=as_json)
+
+
+@app.command()
+def fingerprint(
+    study: Annotated[str, typer.Argument(help="The study's folder, digest or its beginning.")],
+    office: OfficeDir = Path(),
+    percentile: Annotated[
+        float, typer.Option(min=1, max=99, help="Of patients, whose images fit the size.")
+    ] = 95.0,
+    as_json: AsJson = False,
+) -> None:
+    """Show what hospitals told of their images, and the imaging steps that follow from it.
+
+    A plan with a [fingerprint] table asks for it; propose, run or simulate it like any other.
+    """
+    from server import store
+
+    folder = Path(study)
+    run_dir = folder if store.has_fingerprint(folder) else _study(office, study)
+    _show_fingerprint(run_dir, as_json=as_json, percentile=percentile)
+
+
+def _show_fingerprint(run_dir: Path, *, as_json: bool, percentile: float = 95.0) -> None:
+    from server import fingerprint as fingerprints
+    from server import geometry
+    from shared_models import plan as plans
+
+    found = fingerprints.read(run_dir)
+    draft = plans.parse(found.plan_toml).plan
+    if not as_json:
+        sites = ", ".join(f"{reply.site}: {reply.num_patients}" for reply in found.replies)
+        Console().print(fingerprints.table(found))
+        print(f"{found.num_patients} training patients ({sites})")
+        print(fingerprints.protection(found))
+    proposal = geometry.propose(
+        found.total, draft, num_sites=len(found.replies), percentile=percentile
+    )
+    toml = geometry.to_toml(proposal)
+    if as_json:
+        print(json.dumps({**found.model_dump(mode="json"), "proposal": toml}))
+    else:
+        print(f"\n# to be pasted in the next plan, once people have read it\n{toml}", end="")
 
 
 def _study(office: Path, beginning: str) -> Path:

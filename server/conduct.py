@@ -309,7 +309,9 @@ def _given_up(error: Exception, place: Place) -> tuple[str, ...]:
 
 
 def _is_done(run_dir: Path) -> bool:
-    """Whether the study has its report, which is written after everything else."""
+    """Whether the study has its report or fingerprint, which is written after everything else."""
+    if store.has_fingerprint(run_dir):
+        return True
     return (run_dir / report.JSON_NAME).exists() and (run_dir / report.HTML_NAME).exists()
 
 

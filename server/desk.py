@@ -231,7 +231,7 @@ def _digest_of(start: Path) -> str | None:
 
 def _state(run_dir: Path, plan: StudyPlan, *, today: date, is_closed: bool) -> StudyState:
     """Return where a study stands, by what its run left."""
-    if (run_dir / report.JSON_NAME).exists():
+    if (run_dir / report.JSON_NAME).exists() or store.has_fingerprint(run_dir):
         return "finished"
     if is_closed or plan.expires < today:
         return "closed"

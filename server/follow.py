@@ -31,14 +31,17 @@ class Progress(Protocol):
 def follow(
     run_dir: Path, progress: Progress, *, meanwhile: Callable[[], None] = lambda: None
 ) -> None:
-    """Show a study's rounds until it has its report; what ``meanwhile`` raises ends it.
+    """Show a study's rounds until it ends in a report or a fingerprint, or ``meanwhile`` raises.
 
     Raises:
         RunError: with what a person must put right, if it fails.
     """
     plan, num_shown = store.read_plan(run_dir).plan, 0
-    progress.stage("federated rounds", total=plan.training.num_rounds)
-    while not (run_dir / report.HTML_NAME).exists():
+    if plan.fingerprint is not None:
+        progress.stage("every hospital measures its images")
+    else:
+        progress.stage("federated rounds", total=plan.training.num_rounds)
+    while not ((run_dir / report.HTML_NAME).exists() or store.has_fingerprint(run_dir)):
         if failure := store.read_failure(run_dir):
             raise RunError(failure)
         records = store.read_rounds(run_dir)

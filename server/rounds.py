@@ -324,8 +324,12 @@ def ask_all(
     kind: OrderKind,
     consortium: Consortium,
 ) -> RoundRecord:
-    """Ask every site to evaluate ``weights``, or to train alone from them; aggregate nothing."""
-    started, round_ = time.monotonic(), plan.training.num_rounds
+    """Ask every site to evaluate ``weights``, or to train alone from them; aggregate nothing.
+
+    A fingerprint, which needs no weights, is asked for in round 0.
+    """
+    started = time.monotonic()
+    round_ = 0 if kind == "fingerprint" else plan.training.num_rounds
     orders = orders_for(plan, weights, kind=kind, round_=round_, consortium=consortium)
     absent = consortium.absent
     tally = Tally(_refused(plan, absent, code="not-approved", kind=kind, round_=round_))
@@ -419,6 +423,8 @@ def checked(
     answers_to = (said.study, said.round_, said.kind, said.site, said.attempt)
     if answers_to != (order.study, order.round_, order.kind, order.site, order.attempt):
         raise ValueError("expected the answer to the order sent")
+    if (said.fingerprint is not None) != (order.kind == "fingerprint"):
+        raise ValueError("expected a fingerprint where it was asked for, and only there")
     if order.kind != "train":
         return said, None
     return said, _update(said, vector, order, weights)

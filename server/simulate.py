@@ -10,17 +10,18 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from server import store, study
+from server import fingerprint, store, study
 from server.rounds import Ask
 from server.start import FILE as START_FILE
 from shared_models import plan as plans
-from shared_models.contracts import StudyReport
+from shared_models.contracts import FingerprintReport, StudyReport
 from shared_models.errors import DocumentError
 from shared_models.plan import SignedPlan, StudyPlan
 from shared_models.registry import find
@@ -48,6 +49,31 @@ def simulate(
     Raises:
         ConsiliaError: if a site cannot be read or objects, all objections at once.
     """
+    with _rehearsed(plan, site_dirs, out, validation_manifest, validation_root) as ask:
+        if start is not None:
+            shutil.copyfile(start, out / START_FILE)
+        return study.run(out, lambda _: ask)
+
+
+def take_fingerprint(plan: StudyPlan, site_dirs: Sequence[Path], out: Path) -> FingerprintReport:
+    """Ask the sites for the fingerprint ``plan`` is for, as ``simulate`` runs a study.
+
+    Raises:
+        ConsiliaError: if a site cannot be read or objects, all objections at once.
+    """
+    with _rehearsed(plan, site_dirs, out, None, None) as ask:
+        return fingerprint.run(out, lambda _: ask)
+
+
+@contextmanager
+def _rehearsed(
+    plan: StudyPlan,
+    site_dirs: Sequence[Path],
+    out: Path,
+    validation_manifest: Path | None,
+    validation_root: Path | None,
+) -> Iterator[Ask]:
+    """Sign ``plan`` with a key made for the occasion, let the sites approve it, lay out ``out``."""
     key = Ed25519PrivateKey.generate()
     plan = plan.model_copy(update={"coordinator": public_key(key)})
     signed = SignedPlan(plan, sign(plan, key=key))
@@ -55,9 +81,7 @@ def simulate(
         folder = Path(scratch)
         answers, keys = _opened(site_dirs, signed, public_key(key), folder)
         _prepare(out, signed, key, keys, folder, validation_manifest, validation_root)
-        if start is not None:
-            shutil.copyfile(start, out / START_FILE)
-        return study.run(out, lambda _: ask_functions(answers))
+        yield ask_functions(answers)
 
 
 def ask_functions(answers: Mapping[str, AnswerLetter]) -> Ask:

@@ -12,6 +12,7 @@ checkpoints/<round>.safetensors
                         report
 model/                  the released weights and their manifest
 report.json, report.html
+fingerprint.json        instead of these and the model, of a plan that asks for a fingerprint
 failed.txt              only if the run failed: the sentences a person should read
 run.lock                held by the process that runs the study, and its number
 
@@ -61,6 +62,7 @@ from shared_models.weights import flatten, load
 ROUNDS = "rounds.jsonl"
 ATTEMPTS = "attempts.jsonl"
 CHECKPOINTS = "checkpoints"
+FINGERPRINT = "fingerprint.json"
 FAILED = "failed.txt"
 LOCK = "run.lock"
 LOCK_S = 5.0  # for a process that was killed to be gone, and for a look at the lock
@@ -134,6 +136,11 @@ def lock(run_dir: Path) -> AbstractContextManager[None]:
 def is_running(run_dir: Path) -> bool:
     """Return whether a process holds the run directory."""
     return is_locked(run_dir / LOCK)
+
+
+def has_fingerprint(run_dir: Path) -> bool:
+    """Return whether the study's fingerprint is there, with which such a study ends."""
+    return (run_dir / FINGERPRINT).exists()
 
 
 def write_failure(run_dir: Path, objections: Sequence[str]) -> None:

@@ -76,13 +76,13 @@ def _run(run_dir: Path, connect: Callable[[Circle], Ask]) -> StudyReport:
     found = objections(plan, today=datetime.now(UTC).date())
     if found:
         raise ConsiliaError(found)
-    before = _records_of(run_dir, plan)
-    expected = frozenset(_standing(run_dir, signed).sites)
+    before = records_of(run_dir, plan)
+    expected = frozenset(standing(run_dir, signed).sites)
     validator = open_validator(plan, settings)
     keys = {site: settings.sites[site].node or "" for site in plan.sites if site in settings.sites}
     ask = connect(Circle(keys, expected, plan.rounds.quorum))
     weights = _rounds(
-        run_dir, plan, ask, standing=lambda: _standing(run_dir, signed), validator=validator
+        run_dir, plan, ask, standing=lambda: standing(run_dir, signed), validator=validator
     )
     first = initial_weights(plan, validator.task, run_dir)
     final = final_report(validator, weights, first=first)
@@ -105,7 +105,7 @@ def _run(run_dir: Path, connect: Callable[[Circle], Ask]) -> StudyReport:
     return finished
 
 
-def _standing(run_dir: Path, signed: SignedPlan) -> Consortium:
+def standing(run_dir: Path, signed: SignedPlan) -> Consortium:
     """Read who takes part from now on: the sites whose approvals are on file at this moment.
 
     Raises:
@@ -142,7 +142,7 @@ def _finished(run_dir: Path) -> StudyReport | None:
     return found
 
 
-def _records_of(run_dir: Path, plan: StudyPlan) -> list[RoundRecord]:
+def records_of(run_dir: Path, plan: StudyPlan) -> list[RoundRecord]:
     """Return what was recorded before this run, and insist that it is of ``plan``."""
     records = store.read_rounds(run_dir)
     said = {each.study for record in records for each in record.replies}

@@ -133,12 +133,25 @@ def _made_objections(plan: StudyPlan, plugins: Collection[str]) -> Iterator[str]
         return
     if objection is not None:
         yield f"task: {objection}"
+    yield from _label_objections(plan, task.label_kind)
     names = [name for name, _ in net.named_parameters()]
     for prefix in plan.training.frozen:
         if not any(name.startswith(prefix) for name in names):
             yield f"training.frozen: no parameter of the net begins with '{prefix}'"
     if all(name.startswith(plan.training.frozen) for name in names):
         yield "training.frozen: nothing is left to train; freeze less"
+
+
+def _label_objections(plan: StudyPlan, label_kind: str) -> Iterator[str]:
+    terms = plan.fingerprint
+    if terms is None:
+        return
+    expected = {"class": "label", "map": "present"}[label_kind]
+    if terms.classes not in ("none", expected):
+        yield f"fingerprint.classes: this task's labels are counted as '{expected}', or left out"
+    is_within = terms.intensity is not None and terms.intensity.within == "foreground"
+    if is_within and label_kind != "map":
+        yield "fingerprint.intensity.within: this task has no label maps; ask for 'image'"
 
 
 def _names(function: object) -> set[str]:

@@ -21,6 +21,7 @@ from shared_models.contracts import (
     AuditReport,
     Contract,
     Countersignature,
+    FingerprintReport,
     JournalLine,
     PrivacyStatement,
     ReleaseManifest,
@@ -29,7 +30,9 @@ from shared_models.contracts import (
     StudyReport,
 )
 from shared_models.errors import EXIT_CODES_HELP, DocumentError
-from shared_models.plan import SignedPlan, StudyPlan, event_of
+from shared_models.fingerprint import faults as fingerprint_faults
+from shared_models.fingerprint import summed
+from shared_models.plan import SignedPlan, StudyPlan, event_of, planned_events
 from shared_models.privacy import epsilon, parse_ledger
 from shared_models.signing import digest, is_signed_by
 from shared_models.weights import digest as weights_digest
@@ -60,6 +63,8 @@ def verify(
 ) -> None:
     """Check a run: signatures, approvals, every epsilon, the model's digest. Exit 0: all hold.
 
+    Of a fingerprint: what it cost, and that no count tells of too few.
+
     Of a site (a folder with a site.toml): its journal, its ledger, its people's decisions and the
     coordinator's receipts, one against the other.
     """
@@ -67,6 +72,8 @@ def verify(
         found = audit_site(folder, key=key, checkpoints=tuple(checkpoint or ()))
     elif key is not None or checkpoint:
         raise typer.BadParameter("--key and --checkpoint are of a site; there is no site.toml")
+    elif (folder / "fingerprint.json").exists():
+        found = audit_fingerprint(folder)
     else:
         found = audit_run(folder)
     if as_json:
@@ -116,6 +123,65 @@ def audit_run(run_dir: Path) -> AuditReport:
         *_model_findings(run_dir, records, report),
     ]
     return _report(digest(signed.plan), findings)
+
+
+def audit_fingerprint(run_dir: Path) -> AuditReport:
+    """Return every check of a fingerprint's run directory with its verdict.
+
+    Raises:
+        DocumentError: if a file it must have cannot be read at all.
+    """
+    signed = plans.read(run_dir / "plan.toml")
+    plan = signed.plan
+    if plan.fingerprint is None:
+        raise DocumentError("the plan asks for no fingerprint; fingerprint.json is of another one")
+    report = _parsed(run_dir / "fingerprint.json", FingerprintReport.model_validate_json)
+    records = _parsed(run_dir / "rounds.jsonl", _records)
+    is_signed = is_signed_by(plan, signed.signature, key=plan.coordinator)
+    asked = [record for record in records if record.kind == "fingerprint"]
+    told = [reply.fingerprint for reply in report.replies if reply.fingerprint is not None]
+    number = sum(reply.num_patients for reply in report.replies)
+    is_whole = len(told) == len(report.replies) and report.total == summed(told)
+    findings = [
+        ("the plan is signed by its coordinator", is_signed),
+        ("the fingerprint is of this plan", report.study == digest(plan)),
+        ("the plan printed with it is the signed one", _is_of(report.plan_toml, plan)),
+        ("nothing was asked under it but the fingerprint", len(asked) == len(records)),
+        ("the replies are those of rounds.jsonl", [r.replies for r in asked] == [report.replies]),
+        ("the sum is that of the replies", is_whole and report.num_patients == number),
+        *_approval_findings(run_dir, signed, records),
+        *_told_findings(plan, report),
+    ]
+    return _report(digest(plan), findings)
+
+
+def _told_findings(plan: StudyPlan, report: FingerprintReport) -> Iterator[Finding]:
+    """Check of each site what its histograms tell, and what that cost."""
+    for reply in report.replies:
+        found, privacy, site = reply.fingerprint, reply.privacy, reply.site
+        if found is None:
+            yield f"{site}: it told a fingerprint", False
+            continue
+        wrong = fingerprint_faults(found, plan, num_patients=reply.num_patients)
+        text = "its histograms are those the plan asks for, and tell of nobody by themselves"
+        yield f"{site}: {wrong[0] if wrong else text}", not wrong
+        if plan.privacy is None:
+            yield f"{site}: a fingerprint without privacy claims none", privacy is None
+            continue
+        least = epsilon(planned_events(plan), delta=plan.privacy.delta)
+        stated = None if privacy is None else privacy.epsilon
+        is_covered = stated is not None and least <= stated <= plan.privacy.epsilon
+        yield f"{site}: epsilon {stated or 0:g} covers {least:g}, within the plan's", is_covered
+        is_stated = privacy is not None and _is_statement_of(privacy, plan)
+        yield f"{site}: the stated mechanism is the plan's", is_stated
+
+
+def _is_statement_of(privacy: PrivacyStatement, plan: StudyPlan) -> bool:
+    (event,) = planned_events(plan)
+    delta = None if plan.privacy is None else plan.privacy.delta
+    stated = (privacy.sampler, privacy.sample_rate, privacy.noise_multiplier, privacy.max_grad_norm)
+    done = (event.sampler, event.sample_rate, event.noise_multiplier, event.max_grad_norm)
+    return stated == done and (privacy.delta, privacy.noise_shares) == (delta, 1)
 
 
 def audit_site(

@@ -39,8 +39,8 @@ Modality = Annotated[str, Field(pattern=r"^[A-Z0-9_]{1,16}$")]  # DICOM (0008,00
 ProbeBytes = Annotated[int, Field(ge=0, le=2**30)]
 Title = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,120}$")]
 
-OrderKind = Literal["train", "evaluate", "alone"]
-EventPurpose = Literal["train", "alone"]
+OrderKind = Literal["train", "evaluate", "alone", "fingerprint"]
+EventPurpose = Literal["train", "alone", "fingerprint"]
 PrivacyUnit = Literal["patient", "site"]
 Sampler = Literal["poisson", "all"]
 
@@ -199,6 +199,7 @@ class RoundOrder(Contract):
     ``train``: evaluate the weights sent, then train from them and answer an update.
     ``evaluate``: only evaluate the weights sent. ``alone``: train from the weights sent for the
     whole study's steps with no help, keep the model, answer its metrics.
+    ``fingerprint``: tell the histograms the plan asks for; no weights come with it.
 
     Under secure aggregation ``participants`` are the countersignatures of all sites asked, this one
     included, whose masks cancel; ``attempt`` counts how often the round was asked, from 0.
@@ -228,6 +229,26 @@ class Evaluation(Contract):
     num_images: Count
 
 
+class Histogram(Contract):
+    """Counts of patients in the cells that a plan lays out (``fingerprint.layouts``).
+
+    Noised, they are any numbers; gathered, whole ones of which none is small.
+    """
+
+    name: Name
+    counts: Annotated[tuple[float, ...], Field(min_length=2, max_length=66)]
+
+
+class Fingerprint(Contract):
+    """What a site tells of its training patients' images: histograms of counts, nothing else.
+
+    ``min_cell``: fewer patients than that are never told by themselves; 0 where noise was added.
+    """
+
+    min_cell: Count
+    histograms: Annotated[tuple[Histogram, ...], Field(min_length=1, max_length=40)]
+
+
 class SiteReply(Contract):
     """What a site answers to an order it obeyed. The update's arrays travel beside it.
 
@@ -247,6 +268,7 @@ class SiteReply(Contract):
     is_masked: bool = False
     evaluation: Evaluation | None = None
     privacy: PrivacyStatement | None = None
+    fingerprint: Fingerprint | None = None
     seconds: NonNegative = 0.0
 
 
@@ -683,6 +705,24 @@ class ReleasedSite(Contract):
     intervals: dict[MetricName, tuple[float, float]] = {}
 
 
+class FingerprintReport(Contract):
+    """``fingerprint.json``: what the sites told under a plan that asks for a fingerprint.
+
+    ``total`` is the sum of the replies' histograms, cell by cell.
+    """
+
+    schema_version: Literal[1] = 1
+    study: Digest
+    name: str
+    plan_toml: str
+    created: datetime
+    replies: Annotated[tuple[SiteReply, ...], Field(min_length=1)]
+    refusals: tuple[Refusal, ...] = ()
+    total: Fingerprint
+    num_patients: Count
+    seconds: NonNegative
+
+
 class ReleaseManifest(Contract):
     """What stands beside released weights: which study made them and how they were validated.
 
@@ -728,6 +768,8 @@ CONTRACTS: tuple[type[Contract], ...] = (
     Signature,
     RoundOrder,
     Evaluation,
+    Histogram,
+    Fingerprint,
     SiteReply,
     Refusal,
     Approval,
@@ -753,6 +795,7 @@ CONTRACTS: tuple[type[Contract], ...] = (
     RoundRecord,
     ValidationReport,
     StudyReport,
+    FingerprintReport,
     ReleaseManifest,
     AuditReport,
 )

@@ -30,6 +30,8 @@ from shared_models.contracts import (
     SiteName,
 )
 from shared_models.errors import DocumentError
+from shared_models.fingerprint import FingerprintTerms, event_of_fingerprint
+from shared_models.fingerprint import objections as fingerprint_objections
 from shared_models.privacy import epsilon
 
 Purpose = Literal["demonstration", "research", "quality-assurance"]
@@ -119,6 +121,9 @@ class StudyPlan(Contract):
 
     ``start`` is the digest of the weights the study begins with, trained beforehand on images the
     coordinator may use (``server.start``); without it they are drawn from ``seed``.
+
+    With ``fingerprint`` the plan is a draft: sites tell what it asks of their images, and nothing
+    is trained or evaluated under it. What follows from that is another plan.
     """
 
     schema_version: Literal[1] = 1
@@ -139,6 +144,7 @@ class StudyPlan(Contract):
     training: Training
     rounds: RoundTerms
     privacy: PrivacyTerms | None = None
+    fingerprint: FingerprintTerms | None = None
 
 
 class SignedPlan(NamedTuple):
@@ -151,10 +157,14 @@ class SignedPlan(NamedTuple):
 def planned_events(plan: StudyPlan) -> tuple[PrivacyEvent, ...]:
     """Return what the whole plan will do to one site's cohort; empty without privacy terms.
 
-    Training alone, where the plan compares with it, costs as much again: its metrics leave.
+    Training alone, where the plan compares with it, costs as much again: its metrics leave. Under
+    a plan that asks for a fingerprint nothing else is done.
     """
     if plan.privacy is None:
         return ()
+    if plan.fingerprint is not None:
+        has_noise = plan.fingerprint.noise_multiplier is not None
+        return (event_of_fingerprint(plan),) if has_noise else ()
     training = plan.training
     together = (training.num_rounds + plan.rounds.spare) * training.steps_per_round
     alone = training.num_rounds * training.steps_per_round
@@ -204,6 +214,7 @@ def own_objections(plan: StudyPlan, *, today: date) -> Iterator[str]:
             f"got {plan.rounds.quorum}"
         )
     yield from _terms_objections(plan)
+    yield from fingerprint_objections(plan)
     if plan.privacy is not None:
         cost = epsilon(planned_events(plan), delta=plan.privacy.delta)
         if cost > plan.privacy.epsilon:

@@ -74,6 +74,9 @@ DOES_NOT_COVER_SITES = (
     "which sites take part, an update seen by itself, evaluation metrics, the patient counts, and "
     "choices of hyper-parameters made before the study"
 )
+#: The same of a fingerprint, under whose plan nothing is trained.
+COVERS_FINGERPRINT = "every histogram of the fingerprint this site sent"
+DOES_NOT_COVER_FINGERPRINT = "the number of patients, which is told beside it as it is"
 
 
 _LINE: TypeAdapter[Reservation | Commit] = TypeAdapter(
@@ -131,7 +134,11 @@ def statement(events: Sequence[PrivacyEvent], *, delta: float) -> PrivacyStateme
     if not math.isfinite(total):
         raise ValueError("expected a finite epsilon; the events are not differentially private")
     noise_shares = max(e.noise_shares for e in events)
-    covers, does_not_cover = sentences_for(noise_shares, unit=events[0].unit)
+    covers, does_not_cover = sentences_for(
+        noise_shares,
+        unit=events[0].unit,
+        is_fingerprint=all(e.purpose == "fingerprint" for e in events),
+    )
     return PrivacyStatement(
         epsilon=total,
         delta=delta,
@@ -150,8 +157,12 @@ def statement(events: Sequence[PrivacyEvent], *, delta: float) -> PrivacyStateme
     )
 
 
-def sentences_for(noise_shares: int, *, unit: PrivacyUnit = "patient") -> tuple[str, str]:
+def sentences_for(
+    noise_shares: int, *, unit: PrivacyUnit = "patient", is_fingerprint: bool = False
+) -> tuple[str, str]:
     """Return what a statement covers and what not, for a noise of that many sites' shares."""
+    if is_fingerprint:
+        return COVERS_FINGERPRINT, DOES_NOT_COVER_FINGERPRINT
     if unit == "site":
         return COVERS_SITES, DOES_NOT_COVER_SITES
     if noise_shares == 1:

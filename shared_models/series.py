@@ -36,10 +36,10 @@ from shared_models.errors import DataError
 from shared_models.reasons import REASONS, Fault, Reason
 from shared_models.slices import SAME, Slice, inspect
 from shared_models.stored import load
-from shared_models.volume import Volume
+from shared_models.volume import Header, Volume
 
 __all__ = ["REASONS", "Reason", "Series", "SeriesRefused", "Slice", "Verdict"]
-__all__ += ["ordered", "read", "scan", "verdict"]
+__all__ += ["header", "ordered", "read", "scan", "the_one_in", "verdict"]
 
 #: A slice may lie this far from where even spacing puts it, in mm and as a share of the spacing.
 POSITION_TOLERANCE_MM = 0.05
@@ -151,8 +151,33 @@ def ordered(series: Series) -> tuple[Slice, ...]:
         raise SeriesRefused(fault.reason) from None
 
 
+def header(series: Series) -> Header:
+    """Return the shape, affine and modality of the volume ``series`` is; no pixel is read.
+
+    Raises:
+        SeriesRefused: its headers say that it is not one volume.
+    """
+    try:
+        stack = _stack(series)
+    except Fault as fault:
+        raise SeriesRefused(fault.reason) from None
+    layout = stack.slices[0].layout
+    assert layout is not None
+    shape = (len(stack.slices), layout.rows, layout.columns)
+    return Header(shape, stack.affine, stack.slices[0].modality)
+
+
 def read_files(files: Iterable[Path]) -> Volume:
     """Return the one volume in ``files``; localizers, captures and reports beside it are left out.
+
+    Raises:
+        SeriesRefused: there is none, there are several, or a file may be a broken part of it.
+    """
+    return read(the_one_in(files))
+
+
+def the_one_in(files: Iterable[Path]) -> Series:
+    """Return the one series of images in ``files``, judged by their headers alone.
 
     Raises:
         SeriesRefused: there is none, there are several, or a file may be a broken part of it.
@@ -166,7 +191,7 @@ def read_files(files: Iterable[Path]) -> Volume:
         raise SeriesRefused("several-series")
     if not images:
         raise SeriesRefused(aside[0] if aside else "empty")
-    return read(images[0])
+    return images[0]
 
 
 def _stack(series: Series) -> _Stack:

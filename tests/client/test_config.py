@@ -91,7 +91,7 @@ def test_performance_may_be_left_out(data: dict[str, Any], tmp_path: Path) -> No
             "link.state_dirs: unknown key; known here: address, certificate, control, node_",
         ),
         (("data",), "data.state_dirs: unknown key; known here: classes, manifest, root"),
-        (("policy",), "policy.state_dirs: unknown key; known here: allow_without_privacy, coor"),
+        (("policy",), "policy.state_dirs: unknown key; known here: allow_fingerprint, allow_wi"),
         (("performance",), "performance.state_dirs: unknown key; known here: autocast, device"),
     ],
     ids=["top", "link", "data", "policy", "performance"],

@@ -85,6 +85,18 @@ ALONE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "rounds.secure_aggregation: this site trusts 0 of the plan's other sites, it must hide "
         "among 1; compare their keys and add them with consilia-site trust",
     ),
+    "allows_fingerprint": (
+        {
+            "imaging": (),
+            "fingerprint": {
+                "size": {"low": 8, "high": 512, "num_cells": 30},
+                "noise_multiplier": 2.0,
+            },
+        },
+        {},
+        "fingerprint: this site tells no fingerprints of its images; ask its people to set "
+        "policy.allow_fingerprint, or leave the [fingerprint] table out",
+    ),
     "allows_lifetime": (
         {},
         {"policy.max_epsilon_lifetime": 0.5},

@@ -20,7 +20,9 @@ from PIL import Image
 
 from server.link import free_port
 from shared_models import plan as plans
-from shared_models.plan import StudyPlan
+from shared_models.plan import StudyPlan, planned_events
+from shared_models.privacy import epsilon
+from shared_models.signing import digest
 
 SITES = ("north", "south", "west")
 PATIENCE_S = 90.0
@@ -204,6 +206,9 @@ def test_1_an_office_is_made_and_hospitals_are_let_in_by_words(stage: Stage) -> 
         heard, _ = joining.communicate(timeout=PATIENCE_S)
         assert joining.returncode == 0, heard
         assert words in heard
+        config = stage.folder / name / "site.toml"
+        told = config.read_text().replace("allow_fingerprint = false", "allow_fingerprint = true")
+        config.write_text(told)
 
 
 def test_2_a_study_is_offered_judged_and_decided(stage: Stage) -> None:
@@ -278,7 +283,43 @@ def test_5_an_auditor_finds_both_sides_in_order(stage: Stage) -> None:
         assert "FAILS" not in found
 
 
-def test_6_stopping_leaves_no_process(stage: Stage) -> None:
+def test_6_a_fingerprint_is_told_under_a_plan_of_its_own(stage: Stage) -> None:
+    draft = plans.read(stage.folder / "plan.toml").plan.model_dump() | {
+        "name": "films-geometry",
+        "sites": ("north", "west"),
+        "imaging": (),
+        "fingerprint": {
+            "size": {"low": 4, "high": 256, "num_cells": 40},
+            "noise_multiplier": 1.0,
+        },
+    }
+    plan = StudyPlan.model_validate(draft)
+    study, file = digest(plan), stage.folder / "geometry.toml"
+    file.write_text(plans.render(plan))
+    stage.coordinator("propose", file, "--office", stage.office)
+    for name in plan.sites:
+        heard = lambda name=name: study in stage.site(name, "studies", "--json")  # noqa: E731
+        stage.until(heard, f"{name} hears of it")
+        stage.site(name, "approve", study[:12], "--who", "Dr. Lind")
+
+    def approved() -> bool:
+        (found,) = [one["sites"] for one in stage.studies() if one["study"] == study]
+        return set(found.values()) == {"approved"}
+
+    stage.until(approved, "the decisions arrive")
+    said = stage.coordinator("run", study[:12], "--office", stage.office)
+    assert 'name = "crop-or-pad"' in said
+    run_dir = stage.office / "studies" / study[:12]
+    found = json.loads((run_dir / "fingerprint.json").read_text())
+    assert found["num_patients"] == 40
+    cost = epsilon(planned_events(plan), delta=0.004)
+    assert [reply["privacy"]["epsilon"] for reply in found["replies"]] == [cost, cost]
+    assert "FAILS" not in stage.do("shared_models.audit", "verify", run_dir)
+    ledger = stage.folder / "west" / "state" / "ledger.jsonl"
+    assert f"{cost:.4f}" in stage.do("shared_models.audit", "epsilon", ledger)
+
+
+def test_7_stopping_leaves_no_process(stage: Stage) -> None:
     for name in list(stage.running):
         assert stage.end(name) == 0, stage.log(name)
     mark = str(stage.folder).encode()

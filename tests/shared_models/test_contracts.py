@@ -30,7 +30,10 @@ from shared_models.contracts import (
     Contract,
     Countersignature,
     Evaluation,
+    Fingerprint,
+    FingerprintReport,
     Health,
+    Histogram,
     Invite,
     JoinRequest,
     JournalEntry,
@@ -125,6 +128,9 @@ REPLY = SiteReply(
     privacy=STATEMENT,
     seconds=1.5,
 )
+FINGERPRINT = Fingerprint(
+    min_cell=0, histograms=(Histogram(name="spacing-x", counts=(0.5, 20.25)),)
+)
 APPROVAL = Approval(study=STUDY, site="north", decision="approved", who="Dr. Lind", when=NOON)
 VALIDATION = ValidationReport(
     study=STUDY, weights_digest="d" * 64, metrics={"auc": 0.9}, num_patients=10, num_images=10
@@ -146,6 +152,8 @@ EXAMPLES: tuple[Contract, ...] = (
         expires_at=NOON,
     ),
     EVALUATION,
+    FINGERPRINT.histograms[0],
+    FINGERPRINT,
     REPLY,
     REFUSAL,
     APPROVAL,
@@ -225,6 +233,17 @@ EXAMPLES: tuple[Contract, ...] = (
             "model_bytes": 4,
             "seconds": 2.0,
         }
+    ),
+    FingerprintReport(
+        study=STUDY,
+        name="lungs",
+        plan_toml="",
+        created=NOON,
+        replies=(REPLY.model_copy(update={"fingerprint": FINGERPRINT}),),
+        refusals=(REFUSAL,),
+        total=FINGERPRINT,
+        num_patients=40,
+        seconds=2.0,
     ),
     ReleaseManifest(
         study=STUDY,
