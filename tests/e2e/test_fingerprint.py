@@ -79,7 +79,7 @@ def hospitals_of(data: DataSet, folder: Path) -> list[Path]:
     """Make a site folder for each hospital of ``data``, which tells fingerprints."""
     dirs = {site: folder / site for site in data.sites}
     for site, site_dir in dirs.items():
-        setup.create(
+        setup.create_unenrolled(
             site_dir,
             name=site,
             coordinator=KEY,
