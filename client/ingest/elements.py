@@ -19,7 +19,6 @@ from pydicom import DataElement, Dataset
 from pydicom._uid_dict import UID_dictionary
 from pydicom.dataelem import RawDataElement
 from pydicom.multival import MultiValue
-from pydicom.sequence import Sequence
 from pydicom.tag import BaseTag, Tag
 
 from client.ingest.keys import Key
@@ -40,11 +39,12 @@ OLDEST_AGE = {"D": 32872, "W": 4695, "M": 1080, "Y": 90}  # 90 years
 PRINTABLE = re.compile(r"[ -\[\]-~]*")
 
 Element = DataElement | RawDataElement
+Item = dict[BaseTag, Element]
 Note = Callable[[str, str, str], None]
 
 
 class Job(NamedTuple):
-    """What stays the same within one object."""
+    """What stays the same within one object; ``made``: what became of its sequences so far."""
 
     acts: dict[int, tuple[Apply | None, Rule]]
     words: frozenset[str]
@@ -56,6 +56,7 @@ class Job(NamedTuple):
     implicit: bool
     little: bool
     note: Note | None
+    made: dict[tuple[int, bytes], Element | None]
 
 
 Apply = Callable[[Element, Rule, Job], Element | None]
@@ -161,8 +162,6 @@ def _age(element: Element, rule: Rule, job: Job) -> Element | None:
 
 
 def _empty(element: Element, rule: Rule, job: Job) -> Element | None:
-    if rule.vrs == {"SQ"}:
-        return DataElement(element.tag, "SQ", Sequence())
     return with_text(element, "", job)
 
 
@@ -179,14 +178,14 @@ def tag_of(keyword: str) -> BaseTag:
     return Tag(keyword)
 
 
-def as_dataset(kept: dict[BaseTag, Element], job: Job) -> Dataset:
+def as_dataset(kept: Item, job: Job) -> Dataset:
     """Return a data set of these elements, to be written as they were read."""
     dataset = Dataset(kept)
     dataset.set_original_encoding(job.implicit, job.little, "iso8859")
     return dataset
 
 
-def put(kept: dict[BaseTag, Element], keyword: str, vr: str, text: str, job: Job) -> None:
+def put(kept: Item, keyword: str, vr: str, text: str, job: Job) -> None:
     """Add an attribute with a text in ASCII."""
     tag = tag_of(keyword)
     kept[tag] = _encoded(tag, vr, text, job)
