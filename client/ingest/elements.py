@@ -213,9 +213,9 @@ def first(dataset: Dataset, keyword: str) -> str:
 def text_at(dataset: Dataset, keyword: str) -> str:
     """Return all values of an attribute as one text without padding, empty if there is none."""
     tag = tag_of(keyword)
-    if tag not in dataset:
-        return ""
     element = dataset.get_item(tag)
+    if element is None:
+        return ""
     if element.is_raw and not bytes_of(element).isascii():
         element = dataset[tag]  # decoded with its character set
     return text_of(element)
@@ -228,7 +228,7 @@ def number(dataset: Dataset, keyword: str, default: int | None = None) -> int:
         ValueError: if there is none and no default.
     """
     tag = tag_of(keyword)
-    element = dataset.get_item(tag) if tag in dataset else None
+    element = dataset.get_item(tag)
     if element is None or not element.value:
         if default is None and (element is None or element.value != 0):
             raise ValueError(f"expected {keyword}")

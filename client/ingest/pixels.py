@@ -145,14 +145,15 @@ def has_lettering(frame: NDArray[np.integer]) -> bool:
         whole = frame.astype(np.int16, copy=False)
     else:
         whole = frame.astype(np.int64)
+    every = max(1, min(whole.shape) // 32)
+    sample = np.sort(whole[::every, ::every], axis=None)
+    rare = len(sample) // 100
+    contrast = max(1, (int(sample[-1 - rare]) - int(sample[rare])) // 6)
     for step in (1, 2, 4):
         view: Pixels = np.ascontiguousarray(whole[::step, ::step])
         if min(view.shape) < 4 * STROKE_WIDTH or view.shape[1] < NARROWEST:
             return False
-        every = max(1, min(view.shape) // 32)
-        sample = np.sort(view[::every, ::every], axis=None)
-        reach = int(sample[-1 - len(sample) // 100]) - int(sample[len(sample) // 100])
-        if _is_lettered(view, max(1, reach // 6)):
+        if _is_lettered(view, contrast):
             return True
     return False
 
