@@ -32,7 +32,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from client.noise import Randomness
+from shared_models.randomness import Randomness
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Clipping = Literal["flat", "automatic"]

@@ -1,7 +1,7 @@
 """Randomness that protects privacy: AES-256 in counter mode, keyed by the operating system.
 
-``secure()`` is the only source the private path uses. ``seeded(seed)`` has the same face for tests
-and for training without privacy, where the same seed must give the same model.
+``secure()`` is the only source the private path uses. ``seeded`` (``shared_models.randomness``) has
+the same face for tests and for training without privacy, where a seed must give the same model.
 
 Computed noise is not the real-valued noise of the proof: a guessed sum, taken away from what was
 released, may leave a number no draw could have given (Mironov), and the last digits of what was
@@ -37,25 +37,18 @@ References:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
+
+from shared_models.randomness import Randomness
 
 NUM_MIXED, NUM_DROPPED = 64, 4
 #: As many draws at once as stay in a processor's cache.
 _AT_ONCE = NUM_MIXED * 512
 _SIGNS = np.array([[1.0, 1.0], [1.0, -1.0]])
 _HADAMARD = np.kron(np.kron(_SIGNS, _SIGNS), _SIGNS)  # (8, 8); its square is 8 times the identity
-
-
-class Randomness(NamedTuple):
-    """``uniform(n)``: float64 (n,) in [0, 1); ``normal(n)``: float64 (n,), mean 0, deviation 1."""
-
-    uniform: Callable[[int], NDArray[np.float64]]
-    normal: Callable[[int], NDArray[np.float64]]
 
 
 def secure() -> Randomness:
@@ -81,13 +74,6 @@ def secure() -> Randomness:
         return drawn
 
     return Randomness(uniform, normal)
-
-
-def seeded(*parts: int | str) -> Randomness:
-    """Return a reproducible source; never for noise that protects anybody."""
-    words = [p if isinstance(p, int) else int.from_bytes(p.encode(), "big") for p in parts]
-    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
-    return Randomness(generator.random, generator.standard_normal)
 
 
 def _pairs(bits: NDArray[np.uint32]) -> NDArray[np.float64]:

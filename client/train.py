@@ -8,7 +8,7 @@ plan's seed and the same plan gives the same weights bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from math import cos, pi
@@ -30,11 +30,13 @@ from client.dp import (
     plain_engine,
     trainable,
 )
-from client.noise import Randomness, secure, seeded
+from client.noise import secure
 from shared_models.cohort import Patient
 from shared_models.plan import PrivacyTerms, StudyPlan, Training
-from shared_models.tasks import Task
+from shared_models.randomness import Randomness, seeded
+from shared_models.tasks import Free, Task, as_it_is
 
+View = Callable[[Tensor, Tensor, Randomness, bool], tuple[Tensor, Tensor]]
 #: Equal up to rounding: each is held to a plain loop over patients by its tests.
 ENGINES: dict[str, Engine] = {"opacus": opacus_engine, "bookkeeping": bookkeeping_engine}
 
@@ -57,6 +59,48 @@ class Trained(NamedTuple):
 
     loss: float
     num_non_finite: int
+
+
+class FreeStep:
+    """A task's loss that sees no patient, and the parameters that it alone trains.
+
+    While it is open an engine finds those parameters frozen, and asks for no patient's gradient.
+    """
+
+    def __init__(self, net: nn.Module, free: Free | None, randomness: Randomness) -> None:
+        self.net, self.free, self.randomness = net, free, randomness
+        names = () if free is None else free.only
+        self.trained = trainable(net)
+        self.alone = {p for n, p in net.named_parameters() if n.startswith(names)}
+        self.alone &= set(self.trained)
+
+    def __enter__(self) -> None:
+        self._unfreeze(False)
+
+    def __exit__(self, *_: object) -> None:
+        self._unfreeze(True)
+
+    def beside(self, gradients: list[Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield each trained parameter with the patients' gradient, if any, plus the free one."""
+        patients = iter(gradients)
+        for parameter, own in zip(self.trained, self._own(), strict=True):
+            if parameter in self.alone:
+                yield parameter, own
+            else:
+                yield parameter, next(patients) + own
+
+    def _own(self) -> Sequence[Tensor]:
+        if self.free is None:
+            return [torch.zeros(()).to(p) for p in self.trained]
+        self._unfreeze(True)
+        value = self.free.loss(self.net, self.randomness)
+        found = torch.autograd.grad(value, self.trained, allow_unused=True, materialize_grads=True)
+        self._unfreeze(False)
+        return found
+
+    def _unfreeze(self, is_free: bool) -> None:
+        for parameter in self.alone:
+            parameter.requires_grad_(is_free)
 
 
 def train(
@@ -93,21 +137,22 @@ def train(
         raise ValueError("expected noise under privacy terms, and only then")
     net.to(performance.device).train()
     freeze(net, plan.training.frozen)
+    free = FreeStep(net, task.free, randomness)
     buffers = {name: value.clone() for name, value in net.named_buffers()}
-    optimizer = _optimizer(net, plan, noise_multiplier, len(patients))
+    optimizer = _optimizer(free.trained, plan, noise_multiplier, len(patients))
     losses, num_non_finite = list[float](), 0
-    with _engine(net, task, plan.privacy, performance) as gradient_of:
+    with free, _engine(net, task, plan.privacy, performance) as gradient_of:
         for round_, step in product(rounds, range(plan.training.steps_per_round)):
             if step == 0:
                 losses = []
-                anchor = [p.detach().clone() for p in trainable(net)]
+                anchor = [p.detach().clone() for p in free.trained]
                 optimizer.param_groups[0]["lr"] = learning_rate(plan.training, round_)
-            batch = draw(patients, terms=plan.training, randomness=randomness)
+            batch = draw(patients, terms=plan.training, randomness=randomness, view=task.view)
             sums = gradient_of(_moved(batch, performance.device))
             gradients = _mean(
                 sums.gradients, batch, plan, len(patients), noise_multiplier, randomness
             )
-            _step(net, optimizer, gradients, anchor, plan.training.proximal_mu)
+            _step(free.beside(gradients), optimizer, anchor, plan.training.proximal_mu)
             num_non_finite += sums.num_non_finite
             if batch.num_patients:
                 losses.append(sums.loss)
@@ -135,10 +180,17 @@ def learning_rate(terms: Training, round_: int) -> float:
     return end + (terms.learning_rate - end) * share
 
 
-def draw(patients: Sequence[Patient], *, terms: Training, randomness: Randomness) -> Batch:
+def draw(
+    patients: Sequence[Patient],
+    *,
+    terms: Training,
+    randomness: Randomness,
+    view: View = as_it_is,
+) -> Batch:
     """Draw each patient with probability ``sample_rate``, and at most the cap of their images.
 
-    An image drawn enters as ``views`` of it; the patient's gradient is the mean over them all.
+    An image drawn enters as ``views`` of it, each made by the plan's changes and then by the task's
+    own ``view``; the patient's gradient is the mean over them all.
 
     Guarantees:
         Patients are drawn independently of each other.
@@ -150,12 +202,13 @@ def draw(patients: Sequence[Patient], *, terms: Training, randomness: Randomness
         patient = patients[index]
         order = np.argsort(randomness.uniform(len(patient.images)))[: terms.images_per_patient]
         for number in np.repeat(order, terms.views).tolist():
-            image, target = _view(patient, number, terms, randomness)
+            image, target = view(*_changed(patient, number, terms, randomness), randomness, True)
             images.append(image)
             targets.append(target)
             owner.append(position)
     if not images:
-        return Batch(patients[0].images[:0], patients[0].targets[:0], torch.zeros(0).long(), 0)
+        image, target = view(patients[0].images[0], patients[0].targets[0], randomness, True)
+        return Batch(image[None][:0], target[None][:0], torch.zeros(0).long(), 0)
     return Batch(torch.stack(images), torch.stack(targets), torch.tensor(owner), len(drawn))
 
 
@@ -166,7 +219,7 @@ def freeze(net: nn.Module, frozen: Sequence[str]) -> None:
             parameter.requires_grad_(False)
 
 
-def _view(
+def _changed(
     patient: Patient, number: int, terms: Training, randomness: Randomness
 ) -> tuple[Tensor, Tensor]:
     """Return an image (channel, [z,] y, x) and its target, changed at random as the plan says."""
@@ -229,13 +282,12 @@ def _mean(
 
 
 def _step(
-    net: nn.Module,
+    gradients: Iterable[tuple[nn.Parameter, Tensor]],
     optimizer: torch.optim.Optimizer,
-    gradients: list[Tensor],
     anchor: list[Tensor],
     proximal_mu: float,
 ) -> None:
-    for parameter, gradient, start in zip(trainable(net), gradients, anchor, strict=True):
+    for (parameter, gradient), start in zip(gradients, anchor, strict=True):
         parameter.grad = gradient
         if proximal_mu:
             parameter.grad = gradient + proximal_mu * (parameter.detach() - start)
@@ -244,9 +296,9 @@ def _step(
 
 
 def _optimizer(
-    net: nn.Module, plan: StudyPlan, noise_multiplier: float, num_patients: int
+    parameters: list[nn.Parameter], plan: StudyPlan, noise_multiplier: float, num_patients: int
 ) -> torch.optim.Optimizer:
-    terms, parameters = plan.training, trainable(net)
+    terms = plan.training
     rate = terms.learning_rate
     if terms.optimizer == "sgd":
         return torch.optim.SGD(

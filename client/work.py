@@ -152,6 +152,7 @@ def _read(job: Job) -> Ready:
 
     from client.probe import mixes_images
     from shared_models import cohort
+    from shared_models.evaluation import seen
     from shared_models.nets.base import weights_of
     from shared_models.weights import schema_of
 
@@ -166,7 +167,7 @@ def _read(job: Job) -> Ready:
     )
     train, test = patients["train"], patients["test"]
     net = _net(job, task)
-    first = [patient.images[:1] for patient in train[:2]]
+    first = [seen(patient, 0, task=task).images[:1] for patient in train[:2]]
     is_private = job.plan.privacy is not None
     return Ready(
         task,

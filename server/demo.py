@@ -80,7 +80,7 @@ def run(options: Options, progress: Progress) -> StudyReport:
     recipes.check_task(options.task)
     data = None
     if options.data is not None:
-        data = adopt(options.data, task=options.task, classes=options.classes)
+        data = adopt(options.data, labels=recipes.labels_of(options.task), classes=options.classes)
     with _removed_on_failure(options.out):
         office = _prepared(options, data, progress)
     with ExitStack() as stack:
@@ -130,7 +130,7 @@ def _phantoms(options: Options, progress: Progress) -> DataSet:
     progress.stage("writing phantom hospitals (DICOM)")
     phantoms.write_hospitals(folder, seed=options.seed, num_patients=options.num_phantoms)
     classes = phantoms.LABELS if options.task == "segmentation" else ("no lesion", "lesion")
-    return adopt(join(folder), task=options.task, classes=classes)
+    return adopt(join(folder), labels=recipes.labels_of(options.task), classes=classes)
 
 
 def _prepared(options: Options, data: DataSet | None, progress: Progress) -> Office:

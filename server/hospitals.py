@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from shared_models.errors import DataError
 from shared_models.splits import SPLITS, split_of
@@ -19,6 +19,8 @@ from shared_models.splits import SPLITS, split_of
 IMAGE_COLUMNS = ("image", "file")
 PATIENT_COLUMNS = ("patient", "patient_id", "source_id")
 MAP_COLUMNS = ("label", "mask")
+#: As a task's ``label_kind``.
+Labels = Literal["class", "map", "boxes", "none"]
 SITE_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")
 
 
@@ -59,13 +61,13 @@ def join(folder: Path) -> Path:
     return folder
 
 
-def adopt(data_dir: Path, *, task: str, classes: Sequence[str] = ()) -> DataSet:
-    """Read the data set in ``data_dir`` for ``task`` and check it before anything is started.
+def adopt(data_dir: Path, *, labels: Labels, classes: Sequence[str] = ()) -> DataSet:
+    """Read the data set in ``data_dir`` and check it before anything is started.
 
     Args:
         data_dir: holds ``manifest.csv``, with the columns image (or file), patient (or patient_id),
             site, labels and, if it has one, split.
-        task: decides which column holds the labels.
+        labels: what is wanted for labels, which decides the column that holds them.
         classes: what to call the classes; by default they are named after the column or number.
 
     Raises:
@@ -84,12 +86,12 @@ def adopt(data_dir: Path, *, task: str, classes: Sequence[str] = ()) -> DataSet:
     if not records:
         raise DataError(f"{manifest} lists no images")
     image, patient = _column(records, IMAGE_COLUMNS), _column(records, PATIENT_COLUMNS)
-    label = _label_column(records, task, taken=("site", "split", image, patient))
+    label = _label_column(records, labels, taken=("site", "split", image, patient))
     if "site" not in records[0]:
         raise DataError(f"{manifest}: missing column site; it says which hospital an image is of")
     rows = tuple(_row(r, image=image, patient=patient, label=label) for r in records)
-    _refuse(list(_objections(rows, data_dir, task=task)))
-    found = _classes(rows, data_dir, task=task, column=label)
+    _refuse(list(_objections(rows, data_dir, labels=labels)))
+    found = _classes(rows, data_dir, labels=labels, column=label)
     if classes and len(classes) != len(found):
         raise DataError(f"expected names for {len(found)} classes, got {len(classes)}")
     return DataSet(data_dir.resolve(), rows, tuple(classes) or found)
@@ -134,7 +136,7 @@ def _row(record: Mapping[str, str], *, image: str, patient: str, label: str) -> 
     return {
         "image": (record[image] or "").strip(),
         "patient": name,
-        "label": (record[label] or "").strip(),
+        "label": (record.get(label) or "").strip(),
         "split": split or split_of(name, key="consilia demo", test=0.2, val=0.1),
         "site": (record["site"] or "").strip(),
     }
@@ -148,17 +150,19 @@ def _column(records: Sequence[Mapping[str, str]], names: Sequence[str]) -> str:
 
 
 def _label_column(
-    records: Sequence[Mapping[str, str]], task: str, *, taken: Collection[str]
+    records: Sequence[Mapping[str, str]], labels: Labels, *, taken: Collection[str]
 ) -> str:
     """Maps: the column that holds them. Classes: the first whose every value is a small number."""
-    if task == "segmentation":
+    if labels == "none":
+        return ""
+    if labels == "map":
         names = [n for n in MAP_COLUMNS if n in records[0] and not _are_classes(records, n)]
         expected = f"a column with label maps, {' or '.join(MAP_COLUMNS)}"
     else:
         names = [n for n in records[0] if n not in taken and _are_classes(records, n)]
         expected = "a column of class numbers (0, 1, ...)"
     if not names:
-        raise DataError(f"manifest.csv: expected {expected} for the task {task}")
+        raise DataError(f"manifest.csv: expected {expected}")
     return names[0]
 
 
@@ -172,7 +176,7 @@ def _are_classes(records: Sequence[Mapping[str, str]], name: str) -> bool:
     )
 
 
-def _objections(rows: Sequence[Mapping[str, str]], root: Path, *, task: str) -> Iterator[str]:
+def _objections(rows: Sequence[Mapping[str, str]], root: Path, *, labels: Labels) -> Iterator[str]:
     splits: dict[str, str] = {}
     for line, row in enumerate(rows, start=2):
         if not row["image"] or not row["patient"]:
@@ -181,9 +185,9 @@ def _objections(rows: Sequence[Mapping[str, str]], root: Path, *, task: str) -> 
             yield f"line {line}: a patient is in two splits; give all their images the same one"
         elif not (root / row["image"]).exists():
             yield f"line {line}: the image is missing; restore it or remove the line"
-        if not row["label"]:
+        if labels != "none" and not row["label"]:
             yield f"line {line}: an image without a label"
-        elif task == "segmentation" and not (root / row["label"]).exists():
+        elif labels == "map" and not (root / row["label"]).exists():
             yield f"line {line}: the label map is missing from the folder"
         if not SITE_NAME.match(row["site"]):
             yield f"line {line}: expected a site name of letters, digits, - and _"
@@ -201,9 +205,12 @@ def _objections(rows: Sequence[Mapping[str, str]], root: Path, *, task: str) -> 
 
 
 def _classes(
-    rows: Sequence[Mapping[str, str]], root: Path, *, task: str, column: str
+    rows: Sequence[Mapping[str, str]], root: Path, *, labels: Labels, column: str
 ) -> tuple[str, ...]:
-    if task != "segmentation":
+    """Return the classes' names; none where there are no labels, or a label names its own."""
+    if labels in ("none", "boxes"):
+        return ()
+    if labels == "class":
         numbers = sorted({int(row["label"]) for row in rows})
         return (
             (f"no {column}", column) if len(numbers) == 2 else tuple(f"class {n}" for n in numbers)

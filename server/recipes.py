@@ -1,8 +1,9 @@
 """Plans for demonstrations: TOML files in ``server/plans``, one for each task and kind of image.
 
 A recipe is an unfinished plan. Sites, classes, seed, dates and the noise that meets the epsilon
-asked for are filled in here; under privacy, ``[private.*]`` tables replace those of their names.
-``[private.start]`` says how to train a warm start, which is then up to ``server.start``.
+asked for are filled in here; ``labels`` says what labels its images need. Under privacy,
+``[private.*]`` tables replace those of their names. ``[private.start]`` says how to train a warm
+start, which is then up to ``server.start``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from server.hospitals import DataSet
+from server.hospitals import DataSet, Labels
 from server.start import StartTerms
 from shared_models.errors import ConsiliaError
 from shared_models.plan import StudyPlan, planned_events
@@ -59,7 +60,10 @@ def plan_for(
         recipe["training"] |= _slower(recipe["training"], epsilon)
     if num_rounds is not None:
         recipe["training"]["num_rounds"] = num_rounds
-    recipe["task"]["params"] = {"classes": list(data.classes), **recipe["task"].get("params", {})}
+    recipe.pop("labels", None)
+    if data.classes:
+        params = {"classes": list(data.classes), **recipe["task"].get("params", {})}
+        recipe["task"]["params"] = params
     is_split = recipe.get("rounds", {}).get("secure_aggregation", False)
     terms = None
     if epsilon is not None:
@@ -142,6 +146,18 @@ def check_task(task: str) -> None:
         raise ConsiliaError(f"no recipe for the task '{task}'; known: {', '.join(tasks)}")
 
 
+def labels_of(task: str) -> Labels:
+    """Return what labels the recipes for ``task`` want: ``class`` if they do not say.
+
+    Raises:
+        ConsiliaError: if there is no recipe for the task.
+    """
+    check_task(task)
+    name = next(name for name in _known() if name.rpartition("-")[0] == task)
+    labels: Labels = _read(name).get("labels", "class")
+    return labels
+
+
 def kind_of(data: DataSet) -> str:
     """Return what the images are: picture, volume (NIfTI) or series (DICOM)."""
     image = Path(data.rows[0]["image"])
@@ -162,7 +178,11 @@ def _recipe(task: str, kind: str) -> dict[str, Any]:
     wanted = f"{task}-{kind}"
     if wanted not in known:
         raise ConsiliaError(f"no recipe called '{wanted}' (task-images); known: {', '.join(known)}")
-    file = files("server") / FOLDER / f"{wanted}.toml"
+    return _read(wanted)
+
+
+def _read(name: str) -> dict[str, Any]:
+    file = files("server") / FOLDER / f"{name}.toml"
     return tomllib.loads(file.read_text(encoding="utf-8"))
 
 

@@ -83,13 +83,15 @@ def table(report: StudyReport) -> Table:
         lines.add_row(*_row(gain, report.headline))
     lines.add_section()
     world = report.global_
-    lines.add_row(
-        "held-out set",
-        str(world.num_patients),
-        _with_interval(report.headline, world.metrics, world.intervals),
-        *"--",
-        "-",
-    )
+    others = [(name, each.metrics, each.intervals) for name, each in world.baselines.items()]
+    for name, found, intervals in [("held-out set", world.metrics, world.intervals), *others]:
+        lines.add_row(
+            name,
+            str(world.num_patients),
+            _with_interval(report.headline, found, intervals),
+            *"--",
+            "-",
+        )
     return lines
 
 

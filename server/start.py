@@ -23,6 +23,7 @@ from shared_models.contracts import Contract, Positive
 from shared_models.errors import DocumentError
 from shared_models.nets.base import load_weights, weights_of
 from shared_models.plan import StudyPlan
+from shared_models.randomness import seeded
 from shared_models.registry import find
 from shared_models.tasks import Task
 from shared_models.weights import Array, digest, flatten, load, save
@@ -80,15 +81,18 @@ def trained(
     load_weights(net, drawn(plan, task))
     optimizer = torch.optim.AdamW(net.parameters(), lr=terms.learning_rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, terms.steps)
-    random = np.random.default_rng(plan.seed)
+    random, randomness = np.random.default_rng(plan.seed), seeded(plan.seed, "start")
     net.train()
     for _ in range(terms.steps):
         chosen = random.choice(len(patients), min(terms.batch_size, len(patients)), replace=False)
         pairs = [(patients[i], int(random.integers(len(patients[i].images)))) for i in chosen]
-        images = torch.stack([patient.images[n] for patient, n in pairs])
-        targets = torch.stack([patient.targets[n] for patient, n in pairs])
+        views = [task.view(p.images[n], p.targets[n], randomness, True) for p, n in pairs]
+        images, targets = (torch.stack(part) for part in zip(*views, strict=True))
+        loss = task.loss(net(images), targets).mean()
+        if task.free is not None:
+            loss = loss + task.free.loss(net, randomness)
         optimizer.zero_grad()
-        task.loss(net(images), targets).mean().backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
     return weights_of(net)

@@ -84,7 +84,8 @@ def _run(run_dir: Path, connect: Callable[[Circle], Ask]) -> StudyReport:
     weights = _rounds(
         run_dir, plan, ask, standing=lambda: _standing(run_dir, signed), validator=validator
     )
-    final = final_report(validator, weights)
+    first = initial_weights(plan, validator.task, run_dir)
+    final = final_report(validator, weights, first=first)
     seconds = time.monotonic() - started + sum(record.seconds for record in before)
     finished = _report(signed, settings, store.read_rounds(run_dir), final, seconds=seconds)
     shutil.rmtree(run_dir / "model", ignore_errors=True)  # by a run killed before its report

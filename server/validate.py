@@ -13,7 +13,7 @@ from server.store import RunSettings
 from shared_models import cohort, nets, tasks
 from shared_models.cohort import Patient
 from shared_models.contracts import Evaluation, Picture, ValidationReport
-from shared_models.evaluation import evaluate
+from shared_models.evaluation import evaluate, evaluate_baselines, seen
 from shared_models.nets.base import load_weights
 from shared_models.plan import StudyPlan
 from shared_models.registry import find
@@ -65,8 +65,15 @@ def validate(validator: Validator, weights: Weights, *, with_intervals: bool = F
     )
 
 
-def final_report(validator: Validator, weights: Weights) -> ValidationReport:
-    """Return the metrics with intervals, and a few of the coordinator's images with predictions."""
+def final_report(validator: Validator, weights: Weights, *, first: Weights) -> ValidationReport:
+    """Return the metrics with intervals, and a few of the coordinator's images with predictions.
+
+    Beside them stands what the untrained weights, ``first``, and the task's own baselines reach.
+    """
+    baselines = {
+        "untrained": validate(validator, first, with_intervals=True),
+        **evaluate_baselines(validator.patients, task=validator.task),
+    }
     found = validate(validator, weights, with_intervals=True)
     return ValidationReport(
         study=digest(validator.plan),
@@ -75,6 +82,8 @@ def final_report(validator: Validator, weights: Weights) -> ValidationReport:
         intervals=found.intervals,
         num_patients=found.num_patients,
         num_images=found.num_images,
+        baselines=baselines,
+        covers=validator.task.covers if validator.plan.privacy is not None else "",
         pictures=tuple(_pictures(validator)),
     )
 
@@ -82,16 +91,15 @@ def final_report(validator: Validator, weights: Weights) -> ValidationReport:
 @torch.no_grad()
 def _pictures(validator: Validator) -> list[Picture]:
     """Draw patients spread evenly over the set: not chosen by how well they went."""
-    patients = validator.patients
+    task, patients = validator.task, validator.patients
     step = max(1, len(patients) // NUM_PICTURES)
     pictures = []
     validator.net.eval()
-    for patient in patients[::step][:NUM_PICTURES]:
+    for number, patient in list(enumerate(patients))[::step][:NUM_PICTURES]:
         index = len(patient.images) // 2
-        output = validator.net(patient.images[index : index + 1])[0]
-        pixels, caption = validator.task.picture(
-            patient.images[index], patient.targets[index], output
-        )
+        shown = seen(patient, number, task=task)
+        output = task.run(validator.net, shown.images[index : index + 1])[0]
+        pixels, caption = task.picture(shown.images[index], shown.targets[index], output)
         pictures.append(Picture(caption=caption, png_base64=_png(pixels)))
     return pictures
 

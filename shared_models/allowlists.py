@@ -125,6 +125,8 @@ def _made_objections(plan: StudyPlan, plugins: Collection[str]) -> Iterator[str]
         )
         spatial_dims = int(str(plan.net.params.get("spatial_dims", 2)))
         objection = tasks.objection_to_loss(task, spatial_dims=spatial_dims)
+        if task.not_private and plan.privacy is not None:
+            yield f"task: '{plan.task.name}' cannot be private: {task.not_private}"
     except Exception as error:
         yield f"task or net: {type(error).__name__}: {error}"
         return

@@ -88,7 +88,11 @@ def load(
         DataError: with every objection at once.
     """
     rows = [
-        row for row in read_rows(manifest, root=root, key=plan_key(plan)) if row.split in splits
+        row
+        for row in read_rows(
+            manifest, root=root, key=plan_key(plan), has_labels=task.label_kind != "none"
+        )
+        if row.split in splits
     ]
     prepare = prepare or preparer(steps_of(plan), plugins=plugins)
     spatial_dims = int(str(plan.net.params.get("spatial_dims", 2)))
@@ -110,8 +114,10 @@ def load(
     return cohort
 
 
-def read_rows(manifest: Path, *, root: Path, key: str) -> list[Row]:
+def read_rows(manifest: Path, *, root: Path, key: str, has_labels: bool = True) -> list[Row]:
     """Read a manifest and check everything that can be checked without opening an image.
+
+    Without ``has_labels`` the task wants none: the column may be missing, and lines empty there.
 
     Raises:
         DataError: with every objection at once.
@@ -123,7 +129,8 @@ def read_rows(manifest: Path, *, root: Path, key: str) -> list[Row]:
     try:
         with manifest.open(newline="", encoding="utf-8-sig") as handle:
             reader = csv.DictReader(handle)
-            missing = [c for c in COLUMNS if c not in (reader.fieldnames or ())]
+            wanted = COLUMNS if has_labels else COLUMNS[:2]
+            missing = [c for c in wanted if c not in (reader.fieldnames or ())]
             if missing:
                 raise DataError(f"{manifest.name}: missing column {', '.join(missing)}")
             rows = [_row(record, reader.line_num, key=key) for record in reader]
@@ -131,7 +138,7 @@ def read_rows(manifest: Path, *, root: Path, key: str) -> list[Row]:
         raise DataError(f"cannot read {manifest.name} as CSV: {type(error).__name__}") from None
     if not rows:
         raise DataError(f"{manifest.name}: no images; expected at least one line below the header")
-    _refuse(_row_objections(rows, root=root))
+    _refuse(_row_objections(rows, root=root, has_labels=has_labels))
     return rows
 
 
@@ -175,7 +182,7 @@ def _row(record: dict[str, str | None], line: int, *, key: str) -> Row:
     return Row(line, image, patient, label, split)
 
 
-def _row_objections(rows: Sequence[Row], *, root: Path) -> Iterator[str]:
+def _row_objections(rows: Sequence[Row], *, root: Path, has_labels: bool) -> Iterator[str]:
     split_by_patient: dict[str, str] = {}
     seen: set[str] = set()
     for row in rows:
@@ -183,7 +190,7 @@ def _row_objections(rows: Sequence[Row], *, root: Path) -> Iterator[str]:
         if not row.image or not row.patient:
             yield f"{where}: expected an image and a patient; fill them in or remove the line"
             continue
-        if not row.label:
+        if has_labels and not row.label:
             yield f"{where}: an image without a label; add the label or remove the line"
         if row.image in seen:
             yield f"{where}: the image is listed twice; keep one line"
@@ -220,6 +227,8 @@ def _examples(
         )
     if map_ is not None:
         target = torch.from_numpy(task.encode_map(map_.data))
+    elif task.label_kind == "none":
+        target = torch.tensor(0)
     else:
         target = torch.tensor(task.encode_class(row.label))
     if dims == 3:

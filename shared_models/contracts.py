@@ -23,6 +23,8 @@ PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SignatureValue = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
+#: What a model is set beside: a filter, a guess, the weights before training.
+BaselineName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9 -]{0,47}$")]
 MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,47}$")]
 Probability = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -597,7 +599,11 @@ class Picture(Contract):
 
 
 class ValidationReport(Contract):
-    """Global validation on the coordinator's held-out set, which no site holds."""
+    """Global validation on the coordinator's held-out set, which no site holds.
+
+    ``baselines`` are what needs no training, and the weights before it, on the same patients;
+    ``covers`` says what differential privacy covers of the task, if the study has it.
+    """
 
     schema_version: Literal[1] = 1
     study: Digest
@@ -606,6 +612,8 @@ class ValidationReport(Contract):
     intervals: dict[MetricName, tuple[float, float]] = {}
     num_patients: Count
     num_images: Count
+    baselines: dict[BaselineName, Evaluation] = {}
+    covers: Annotated[str, Field(max_length=400)] = ""
     pictures: tuple[Picture, ...] = ()
 
 

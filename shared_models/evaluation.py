@@ -8,7 +8,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from shared_models.cohort import Patient
 from shared_models.contracts import Evaluation
+from shared_models.randomness import seeded
 from shared_models.tasks import Task
 from shared_models.tasks.base import Scores
 
@@ -32,8 +33,23 @@ def evaluate(
     with_intervals: bool = False,
 ) -> Evaluation:
     """Return the metrics of ``net`` on ``patients``; they are rounded to four decimals."""
-    scores = [score_patient(net, patient, task=task, device=device) for patient in patients]
+    scores = [
+        score_patient(net, patient, task=task, number=number, device=device)
+        for number, patient in enumerate(patients)
+    ]
     return summarize(scores, task=task, with_intervals=with_intervals)
+
+
+def evaluate_baselines(patients: Sequence[Patient], *, task: Task) -> dict[str, Evaluation]:
+    """Return what each of the task's baselines, which need no training, reaches on ``patients``."""
+    return {
+        name: summarize(
+            [_scores(seen(p, n, task=task), task, run) for n, p in enumerate(patients)],
+            task=task,
+            with_intervals=True,
+        )
+        for name, run in task.baselines.items()
+    }
 
 
 def summarize(scores: Sequence[Scores], *, task: Task, with_intervals: bool) -> Evaluation:
@@ -50,13 +66,34 @@ def summarize(scores: Sequence[Scores], *, task: Task, with_intervals: bool) -> 
 
 
 @torch.no_grad()
-def score_patient(net: nn.Module, patient: Patient, *, task: Task, device: str = "cpu") -> Scores:
-    """Return the task's scores of one patient's images: float64 (images, columns)."""
+def score_patient(
+    net: nn.Module, patient: Patient, *, task: Task, number: int = 0, device: str = "cpu"
+) -> Scores:
+    """Return the task's scores of the images of patient ``number``: float64 (images, columns)."""
     net.to(device).eval()
-    parts = []
-    for images, targets, spacings in _parts(patient):
-        parts.append(task.score(net(images.to(device)).cpu(), targets, spacings))
-    return np.concatenate(parts)
+    return _scores(
+        seen(patient, number, task=task), task, lambda inputs: task.run(net, inputs.to(device))
+    )
+
+
+def seen(patient: Patient, number: int, *, task: Task) -> Patient:
+    """Return a patient as the task tests on them: the same each time, by the patient's number."""
+    views = [
+        task.view(image, target, seeded("evaluation", number, index), False)
+        for index, (image, target) in enumerate(zip(patient.images, patient.targets, strict=True))
+    ]
+    inputs, targets = (torch.stack(part) for part in zip(*views, strict=True))
+    return Patient(inputs, targets, patient.spacing_mm)
+
+
+@torch.no_grad()
+def _scores(patient: Patient, task: Task, run: Callable[[Tensor], Tensor]) -> Scores:
+    return np.concatenate(
+        [
+            task.score(run(inputs).cpu(), targets, spacing)
+            for inputs, targets, spacing in _parts(patient)
+        ]
+    )
 
 
 def _parts(patient: Patient) -> Iterator[tuple[Tensor, Tensor, tuple[float, ...]]]:

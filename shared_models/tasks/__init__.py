@@ -3,11 +3,11 @@
 ``BUILTIN`` names each task's ``make(**params) -> Task``. See ``base.py`` for what a task is.
 """
 
-from shared_models.tasks.base import Task, objection_to_loss
+from shared_models.tasks.base import Box, Free, Task, as_it_is, objection_to_loss
 
 BUILTIN = {
     "classification": "shared_models.tasks.classification:make",
     "segmentation": "shared_models.tasks.segmentation:make",
 }
 
-__all__ = ["BUILTIN", "Task", "objection_to_loss"]
+__all__ = ["BUILTIN", "Box", "Free", "Task", "as_it_is", "objection_to_loss"]

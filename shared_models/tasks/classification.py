@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -51,16 +50,11 @@ def make(*, classes: Sequence[str]) -> Task:
         label_kind="class",
         num_outputs=len(classes),
         encode_class=encode_class,
-        encode_map=_no_map,
         loss=_loss,
         score=_score,
         metrics=_metrics,
         picture=picture,
     )
-
-
-def _no_map(label: NDArray[np.float32]) -> NDArray[np.int64]:
-    raise ValueError("expected a class as label, got an image")
 
 
 def _loss(outputs: Tensor, targets: Tensor) -> Tensor:

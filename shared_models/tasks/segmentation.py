@@ -93,17 +93,12 @@ def make(
         headline="dice",
         label_kind="map",
         num_outputs=len(names) + 1,
-        encode_class=_no_class,
         encode_map=encode_map,
         loss=loss,
         score=_score,
         metrics=metrics,
         picture=picture,
     )
-
-
-def _no_class(label: str) -> int:
-    raise ValueError("expected an image as label, got a word")
 
 
 def _slug(name: str) -> str:

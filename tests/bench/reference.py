@@ -83,7 +83,7 @@ def on_test(plan: StudyPlan, data: DataSet, folder: Path) -> dict[str, float]:
 
 def compare(data_dir: Path, task: str, seeds: range, console: Console) -> dict[str, list[dict]]:
     """Return the headline metric by kind of training, one dictionary a seed."""
-    data = adopt(data_dir, task=task)
+    data = adopt(data_dir, labels=recipes.labels_of(task))
     pooled = data._replace(rows=tuple(row | {"site": "pooled"} for row in data.rows))
     results: dict[str, list[dict]] = {"centralised": [], "federated": [], "alone": []}
     for seed in seeds:

@@ -97,7 +97,7 @@ def run(job: Run, *, data_dir: Path, cache: Path) -> tuple[Run, dict[str, float]
     ``cache``, for the same set and seed give the same one.
     """
     task, _ = SETS[job.name]
-    data = adopt(data_dir / job.name, task=task)
+    data = adopt(data_dir / job.name, labels=recipes.labels_of(task))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         dirs = {site: folder / "sites" / site for site in data.sites}

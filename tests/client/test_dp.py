@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from client import dp
 from client.dp import Batch, add_noise, opacus_engine, plain_engine, trainable
-from client.noise import seeded
 from shared_models import nets
+from shared_models.randomness import seeded
 from shared_models.tasks import classification, segmentation
 
 CLASSES = classification.make(classes=("a", "b", "c"))

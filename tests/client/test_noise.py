@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from client import noise
-from client.noise import secure, seeded
+from client.noise import secure
 from shared_models.contracts import PrivacyEvent
 from shared_models.privacy import share_of
+from shared_models.randomness import seeded
 
 NUM = 200_000
 #: A sound source fails a test below this share about once in a hundred million runs.

@@ -16,7 +16,7 @@ from torch import nn
 
 from client.adam import AdamCorrected
 from client.dp import opacus_engine, trainable
-from client.noise import Randomness, secure, seeded
+from client.noise import secure
 from client.train import (
     ENGINES,
     Performance,
@@ -32,7 +32,8 @@ from client.train import (
 from shared_models import nets
 from shared_models.cohort import Patient
 from shared_models.plan import StudyPlan, Training
-from shared_models.tasks import classification
+from shared_models.randomness import Randomness, seeded
+from shared_models.tasks import Free, classification
 
 TASK = classification.make(classes=("clear", "opaque"))
 TERMS = Training(num_rounds=3, steps_per_round=2, sample_rate=0.3, learning_rate=0.1)
@@ -696,9 +697,79 @@ def test_adam_bc_leaves_a_parameter_without_a_gradient_alone() -> None:
 def test_adam_bc_is_told_the_noise_of_the_mean_gradient(plan_of) -> None:
     """The deviation of noise over the expected batch, which is what it steps along."""
     plan = plan_of({"training.optimizer": "adam-bc", "privacy.max_grad_norm": 0.5})
-    optimizer = _optimizer(net_of(plan), plan, 2.0, 6)
+    optimizer = _optimizer(list(net_of(plan).parameters()), plan, 2.0, 6)
     assert isinstance(optimizer, AdamCorrected)
     assert optimizer.param_groups[0]["deviation"] == pytest.approx(2.0 * 0.5 / (0.5 * 6))
+
+
+# --- views, and a loss that sees no patient
+
+
+def test_the_net_is_given_the_task_s_view_of_an_image_drawn() -> None:
+    def view(image, target, randomness, is_training):  # type: ignore[no-untyped-def]
+        assert is_training
+        return image + 1, torch.from_numpy(randomness.uniform(2))
+
+    patients = patients_of([2, 1])
+    batch = draw(patients, terms=TERMS, view=view, randomness=Randomness(everybody, nobody))
+    plain = draw(patients, terms=TERMS, randomness=Randomness(everybody, nobody))
+    assert torch.equal(batch.images, plain.images + 1)
+    assert batch.targets.shape == (3, 2)
+    empty = draw(patients, terms=TERMS, view=view, randomness=Randomness(nobody, nobody))
+    assert (empty.images.shape[0], empty.targets.shape) == (0, (0, 2))
+
+
+class Pair(torch.nn.Module):
+    """A part that images reach, and one that they do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.unseen = torch.nn.Linear(4, 2), torch.nn.Linear(2, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.seen(images.flatten(1)[:, :4])
+
+
+def free_loss(net: torch.nn.Module, randomness: Randomness) -> torch.Tensor:
+    assert isinstance(net, Pair)
+    drawn = torch.from_numpy(randomness.normal(2)).float()
+    return (net.unseen(drawn) * 3 + net.seen.weight.sum()).sum()
+
+
+@pytest.mark.parametrize("engine", ["opacus", "bookkeeping"])
+@pytest.mark.parametrize("is_private", [False, True])
+def test_a_loss_that_sees_no_patient_moves_its_parameters_and_is_not_noised(
+    engine: str, is_private: bool, plan_of
+) -> None:
+    """Beside the patients' gradients; those alone have the noise."""
+    changes = {"training.optimizer": "sgd", "training.learning_rate": 1.0}
+    changes |= {"training.steps_per_round": 1} | ({} if is_private else {"privacy": None})
+    net, patients = Pair(), noise_patients()
+    before = weights(net).clone()
+    drawn = list[np.ndarray]()
+
+    def normal(n: int) -> np.ndarray:
+        drawn.append(np.full(n, 0.5))
+        return drawn[-1]
+
+    task = TASK._replace(
+        free=Free(free_loss, only=("unseen.",)), loss=lambda outputs, targets: outputs.sum(1) * 0
+    )
+    train(
+        net,
+        patients,
+        plan=plan_of(changes),
+        task=task,
+        rounds=[0],
+        randomness=Randomness(everybody, normal),
+        noise_multiplier=1.0 if is_private else 0.0,
+        performance=Performance(engine=engine),
+    )
+    moved = before - weights(net)
+    assert moved[10:].tolist() == pytest.approx([1.5, 1.5, 3.0])  # 3 x (the draws, 1)
+    assert [len(n) for n in drawn] == [8, 2, 2] if is_private else [2]
+    noise = moved[:8] - 1
+    assert bool((noise.abs() > 1e-3).all()) == is_private
 
 
 # --- what is refused

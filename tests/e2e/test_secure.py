@@ -65,7 +65,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def consortium(tmp_path_factory: pytest.TempPathFactory) -> Consortium:
     folder = tmp_path_factory.mktemp("consortium")
-    data = adopt(drawn(folder / "pictures"), task="classification")
+    data = adopt(drawn(folder / "pictures"), labels="class")
     dirs = {site: folder / site for site in data.sites}
     for site, site_dir in dirs.items():
         setup.create(

@@ -53,7 +53,7 @@ def few(data: DataSet, *, most: int) -> DataSet:
 def test_real_images_are_trained_in_process(
     data_dir: Path, tmp_path: Path, folder: str, task: str, headline: str, epsilon: float | None
 ) -> None:
-    data = few(adopt(data_dir / folder, task=task), most=11)
+    data = few(adopt(data_dir / folder, labels=recipes.labels_of(task)), most=11)
     sites, validation = consortium(data, tmp_path)
     plan = recipes.plan_for(
         data, name="test", task=task, coordinator=KEY, seed=0, epsilon=epsilon, num_rounds=1
@@ -76,7 +76,7 @@ def test_real_images_are_trained_in_process(
 
 
 def test_a_rehearsal_leaves_nothing_in_the_sites_own_ledger(data_dir: Path, tmp_path: Path) -> None:
-    data = few(adopt(data_dir / "cxr_pneumonia", task="classification"), most=12)
+    data = few(adopt(data_dir / "cxr_pneumonia", labels="class"), most=12)
     sites, _ = consortium(data, tmp_path)
     plan = recipes.plan_for(
         data, name="t", task="classification", coordinator=KEY, seed=0, epsilon=8.0, num_rounds=1
@@ -88,7 +88,7 @@ def test_a_rehearsal_leaves_nothing_in_the_sites_own_ledger(data_dir: Path, tmp_
 def test_a_broken_image_is_refused_and_named_by_its_line_only(
     data_dir: Path, tmp_path: Path
 ) -> None:
-    data = few(adopt(data_dir / "cxr_pneumonia", task="classification"), most=12)
+    data = few(adopt(data_dir / "cxr_pneumonia", labels="class"), most=12)
     sites, _ = consortium(data, tmp_path)
     broken = tmp_path / "MARKED-7731.png"
     broken.write_bytes(b"\x89PNG broken")

@@ -118,7 +118,7 @@ def drawn(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def consortium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Consortium]:
     folder = tmp_path_factory.mktemp("consortium")
-    data = adopt(drawn(folder / "pictures"), task="classification")
+    data = adopt(drawn(folder / "pictures"), labels="class")
     tls = certificates(folder / "tls", hosts=["127.0.0.1"])
     place = Place(folder / "office", tls, "127.0.0.1", link.free_port())
     key = create_key(folder / "signing.pem")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from server import recipes
 from server.hospitals import DataSet, adopt, join, write_manifests
 from shared_models.cohort import read_rows
 from shared_models.errors import DataError
@@ -48,13 +49,13 @@ def write(folder: Path, lines: Sequence[str], *, header: str = HEADER) -> Path:
 
 def objections(folder: Path, *, task: str = "classification") -> list[str]:
     with pytest.raises(DataError) as caught:
-        adopt(folder, task=task)
+        adopt(folder, labels=recipes.labels_of(task))
     assert MARK not in str(caught.value)
     return list(caught.value.objections)
 
 
 def test_a_data_set_knows_its_sites_and_their_training_patients(folder: Path) -> None:
-    data = adopt(write(folder, good_lines()), task="classification")
+    data = adopt(write(folder, good_lines()), labels="class")
     assert data.sites == ("east", "west")
     assert data.training_patients() == {"east": 7, "west": 7}
     assert data.smallest_training_set() == 7
@@ -64,14 +65,14 @@ def test_a_data_set_knows_its_sites_and_their_training_patients(folder: Path) ->
 
 def test_patients_are_counted_and_not_images(folder: Path) -> None:
     again = [line for line in good_lines() if "east-p0" in line] * 5
-    data = adopt(write(folder, good_lines() + again), task="classification")
+    data = adopt(write(folder, good_lines() + again), labels="class")
     assert data.training_patients() == {"east": 7, "west": 7}
 
 
 def test_each_site_gets_its_own_rows_and_the_coordinator_patients_no_site_gets(
     folder: Path, tmp_path: Path
 ) -> None:
-    data = adopt(write(folder, good_lines()), task="classification")
+    data = adopt(write(folder, good_lines()), labels="class")
     site_dirs = {site: tmp_path / "sites" / site for site in data.sites}
     write_manifests(data, site_dirs=site_dirs, validation=tmp_path / "own" / "val.csv")
     patients = {}
@@ -106,7 +107,7 @@ def test_for_a_warm_start_the_coordinators_patients_are_halved_and_nobody_is_in_
         for n, split in enumerate(splits)
         for _ in range(num_images)
     ]
-    data = adopt(write(folder, lines), task="classification")
+    data = adopt(write(folder, lines), labels="class")
     site_dirs = {site: tmp_path / "sites" / site for site in data.sites}
     files = {name: tmp_path / f"{name}.csv" for name in ("whole", "validation", "start")}
     write_manifests(data, site_dirs=site_dirs, validation=files["whole"])
@@ -134,20 +135,20 @@ def test_for_a_warm_start_the_coordinators_patients_are_halved_and_nobody_is_in_
 def test_columns_of_other_names_and_a_byte_order_mark_are_understood(
     folder: Path, header: str
 ) -> None:
-    plain = adopt(write(folder, good_lines()), task="classification")
-    assert adopt(write(folder, good_lines(), header=header), task="classification") == plain
+    plain = adopt(write(folder, good_lines()), labels="class")
+    assert adopt(write(folder, good_lines(), header=header), labels="class") == plain
 
 
 def test_windows_line_ends_change_nothing(folder: Path) -> None:
-    plain = adopt(write(folder, good_lines()), task="classification")
+    plain = adopt(write(folder, good_lines()), labels="class")
     text = (folder / "manifest.csv").read_text().replace("\n", "\r\n")
     (folder / "manifest.csv").write_bytes(text.encode())
-    assert adopt(folder, task="classification") == plain
+    assert adopt(folder, labels="class") == plain
 
 
 def test_without_a_split_column_patients_are_dealt_out_by_hash(folder: Path) -> None:
     lines = [f"film.png,{s}-{n},{s},{n % 2}" for s in ("east", "west") for n in range(60)]
-    data = adopt(write(folder, lines, header="image,patient,site,finding"), task="classification")
+    data = adopt(write(folder, lines, header="image,patient,site,finding"), labels="class")
     shares = Counter(row["split"] for row in data.rows)
     assert set(shares) == {"train", "val", "test"}
     assert shares["train"] > shares["test"] > shares["val"] > 0
@@ -157,22 +158,22 @@ def test_patients_who_are_numbers_are_not_taken_for_classes(folder: Path) -> Non
     """Sites, splits, images and patients are no labels, however small their numbers."""
     lines = [line.replace("east-p", "").replace("west-p", "1") for line in good_lines()]
     assert {line.split(",")[1] for line in lines} == {str(number) for number in range(20)}
-    data = adopt(write(folder, lines), task="classification")
+    data = adopt(write(folder, lines), labels="class")
     assert data.classes == ("no finding", "finding")
 
 
 def test_three_classes_are_called_by_their_numbers(folder: Path) -> None:
     lines = [line.replace(",1,", ",2,", 1) for line in good_lines()[:3]] + good_lines()[3:]
-    data = adopt(write(folder, lines), task="classification")
+    data = adopt(write(folder, lines), labels="class")
     assert data.classes == ("class 0", "class 1", "class 2")
 
 
 def test_classes_can_be_named(folder: Path) -> None:
     write(folder, good_lines())
-    data = adopt(folder, task="classification", classes=["clear", "opaque"])
+    data = adopt(folder, labels="class", classes=["clear", "opaque"])
     assert data.classes == ("clear", "opaque")
     with pytest.raises(DataError, match="expected names for 2 classes, got 3"):
-        adopt(folder, task="classification", classes=["a", "b", "c"])
+        adopt(folder, labels="class", classes=["a", "b", "c"])
 
 
 def test_every_objection_is_told_at_once_without_a_patients_name(folder: Path) -> None:
@@ -268,7 +269,7 @@ MAP_HEADER = "image,patient,site,mask,split"
 
 def test_label_maps_are_found_and_their_classes_counted(folder: Path) -> None:
     write_images(folder, ["map.png"], value=2)
-    data = adopt(write(folder, map_lines(), header=MAP_HEADER), task="segmentation")
+    data = adopt(write(folder, map_lines(), header=MAP_HEADER), labels="map")
     assert data.classes == ("label 1", "label 2")
     assert {row["label"] for row in data.rows} == {"map.png"}
 
@@ -294,7 +295,7 @@ def test_phantom_hospitals_are_joined_into_one_data_set(tmp_path: Path) -> None:
         ("classification", ("no finding", "finding")),
         ("segmentation", ("label 1", "label 2")),
     ):
-        data = adopt(joined, task=task)
+        data = adopt(joined, labels=recipes.labels_of(task))
         assert data.sites == tuple(sorted(folder.name for folder in folders))
         assert data.classes == classes
         assert len({row["patient"] for row in data.rows}) == 20 * len(folders)
@@ -312,5 +313,5 @@ def test_real_data_sets_become_hospitals(
 ) -> None:
     if not (data_dir / name).is_dir():
         pytest.skip(f"no {name} among the real images")
-    data: DataSet = adopt(data_dir / name, task=task)
+    data: DataSet = adopt(data_dir / name, labels=recipes.labels_of(task))
     assert (len(data.sites), len(data.rows), len(data.classes)) == (sites, rows, 2)

@@ -61,7 +61,7 @@ def test_fewer_than_two_different_classes_are_refused(names: list[str]) -> None:
 
 
 def test_classification_wants_no_image_as_label() -> None:
-    with pytest.raises(ValueError, match="expected a class as label, got an image"):
+    with pytest.raises(ValueError, match="expected another kind of label"):
         TWO.encode_map(np.zeros((1, 2, 2), np.float32))
 
 
@@ -142,7 +142,7 @@ def test_a_label_map_with_other_values_is_refused(value: float) -> None:
 
 
 def test_segmentation_wants_no_word_as_label() -> None:
-    with pytest.raises(ValueError, match=r"^expected an image as label, got a word$"):
+    with pytest.raises(ValueError, match=r"^expected another kind of label for this task$"):
         ORGANS.encode_class(MARK)
 
 
