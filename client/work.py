@@ -150,6 +150,7 @@ def _read(job: Job) -> Ready:
     """Read the site's patients and find out whether they can be trained on."""
     import torch
 
+    from client.patches import cut, foreground_of
     from client.probe import mixes_images
     from shared_models import cohort
     from shared_models.evaluation import seen
@@ -164,10 +165,15 @@ def _read(job: Job) -> Ready:
         task=task,
         splits=("train", "test"),
         plugins=job.plugins,
+        foreground=foreground_of,
     )
     train, test = patients["train"], patients["test"]
     net = _net(job, task)
-    first = [seen(patient, 0, task=task).images[:1] for patient in train[:2]]
+    patch = job.plan.training.patch
+    first = [
+        cut(seen(patient, 0, task=task).images[:1], [0] * len(patch), patch)
+        for patient in train[:2]
+    ]
     is_private = job.plan.privacy is not None
     return Ready(
         task,
@@ -190,16 +196,18 @@ def _done(job: Job, weights: Array, study: Ready) -> tuple[Outcome, Array | None
     device = device_of(job.performance)
     net, given = _net(job, study.task), unflatten(weights, study.schema)
     load_weights(net, given)
-    test = study.patients["test"]
+    test, window = study.patients["test"], job.plan.training.patch
     if job.step == "train":
-        evaluation = evaluate(net, test, task=study.task, device=device)
+        evaluation = evaluate(net, test, task=study.task, device=device, window=window)
         loss = _train(net, job, study, [job.round_])
         update = flatten(subtract(weights_of(net), given))
         return Outcome(cohort=study.cohort, loss=loss, evaluation=evaluation), update
     loss = None
     if job.step == "alone":
         loss = _train(net, job, study, range(job.plan.training.num_rounds))
-    evaluation = evaluate(net, test, task=study.task, device=device, with_intervals=True)
+    evaluation = evaluate(
+        net, test, task=study.task, device=device, with_intervals=True, window=window
+    )
     return Outcome(cohort=study.cohort, loss=loss, evaluation=evaluation), None
 
 
