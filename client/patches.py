@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def corner(
         drawn = randomness.uniform(len(room))
         return tuple(int(u * (r + 1)) for u, r in zip(drawn, room, strict=True))
     which, where = randomness.uniform(2)
-    middle = np.unravel_index(_index(foreground, int(np.prod(shape)), share, which, where), shape)
+    middle = np.unravel_index(_index(foreground, prod(shape), share, which, where), shape)
     begin = (int(m) - s // 2 for m, s in zip(middle, size, strict=True))
     return tuple(min(max(b, 0), r) for b, r in zip(begin, room, strict=True))
 
@@ -96,7 +97,7 @@ def foreground_of(label: NDArray[np.float32]) -> Indices:
         found: Indices = np.load(file, mmap_mode="r", allow_pickle=False)
         is_whole = found.dtype == np.int64 and found.ndim == 1
         if is_whole and (not len(found) or found[-1] < label.size):
-            return found
+            return np.asarray(found)
     found = np.flatnonzero(label)
     stream = io.BytesIO()
     np.save(stream, found)
