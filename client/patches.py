@@ -81,8 +81,9 @@ def _index(foreground: Indices, num_voxels: int, share: float, which: float, whe
 
 def cut(volume: Tensor, begin: Sequence[int], size: Sequence[int]) -> Tensor:
     """Return the patch of ``volume``, (..., [z,] y, x), that begins there: a view, not a copy."""
-    where = tuple(slice(b, b + s) for b, s in zip(begin, size, strict=True))
-    return volume[(..., *where)]
+    for axis, (start, length) in enumerate(zip(begin, size, strict=True), start=-len(size)):
+        volume = volume.narrow(axis, start, length)
+    return volume
 
 
 def foreground_of(label: NDArray[np.float32]) -> Indices:

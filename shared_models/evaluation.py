@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
+from types import EllipsisType
 
 import numpy as np
 import torch
@@ -108,7 +109,8 @@ def slide(run: Callable[[Tensor], Tensor], inputs: Tensor, *, window: Sequence[i
         weight = weight * tent.reshape(-1, *(1 for _ in window[axis + 1 :]))
     total, weights = torch.zeros(0), torch.zeros(tuple(inputs.shape[2:]))
     for begin in product(*places):
-        where = (..., *(slice(b, b + short) for b, short in zip(begin, window, strict=True)))
+        inside = (slice(b, b + short) for b, short in zip(begin, window, strict=True))
+        where: tuple[EllipsisType | slice, ...] = (..., *inside)
         answer = run(inputs[where])
         if not total.numel():
             total = answer.new_zeros((*answer.shape[:2], *inputs.shape[2:]))

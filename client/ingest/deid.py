@@ -305,14 +305,14 @@ def _sequence_anew(element: Element, job: Job, where: str) -> Element | None:
     return RawDataElement(tag, "SQ", len(value), value, 0, job.implicit, job.little)
 
 
-def _items(element: Element, job: Job) -> Sequence | list[Item] | None:
+def _items(element: Element, job: Job) -> list[Dataset | Item] | None:
     """Return the items of a sequence, None if it is none."""
     if isinstance(element, RawDataElement) and element.VR in ("SQ", None):
         with suppress(ValueError):  # what is unusual is pydicom's to understand
             form = {"implicit": element.is_implicit_VR, "little": element.is_little_endian}
             return items_of(bytes_of(element), **form)  # type: ignore[return-value]
     found = as_dataset({element.tag: element}, job)[element.tag]
-    return (found.value or []) if found.VR == "SQ" else None
+    return list(found.value or ()) if found.VR == "SQ" else None
 
 
 def _add_code(kept: Item, item: Dataset | Item, job: Job) -> bool:

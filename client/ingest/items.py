@@ -72,8 +72,8 @@ def bytes_of_items(items: list[dict[BaseTag, RawDataElement]], *, little: bool) 
 @cache
 def _form(implicit: bool, little: bool) -> _Form:
     order = "<" if little else ">"
-    structs = (Struct(order + layout) for layout in ("HHL", "HH2sH", "L"))
-    return _Form(*structs, implicit, little)
+    head, explicit, long = (Struct(order + layout) for layout in ("HHL", "HH2sH", "L"))
+    return _Form(head, explicit, long, implicit, little)
 
 
 def _mark(value: bytes, at: int, form: _Form) -> tuple[int, int]:

@@ -160,7 +160,7 @@ def _line(text: str, lettering: Lettering) -> Cover:
     draw.fontmode = "L" if lettering.font == "smooth" else "1"
     draw.text((-left, -top), text, fill=255, font=font)
     drawn = np.asarray(picture, np.float32) / 255
-    return drawn.repeat(times, axis=0).repeat(times, axis=1)
+    return drawn.repeat(times, axis=0).repeat(times, axis=1).astype(np.float32, copy=False)
 
 
 def _corner(place: str, shape: tuple[int, int], line: tuple[int, int]) -> tuple[int, int]:
