@@ -172,6 +172,45 @@ def page(
 
 
 @app.command()
+def rehearse(
+    folder: Annotated[Path, typer.Argument(help="Where made-up archives are, or will be written.")],
+    check: Annotated[
+        Path | None, typer.Option(help='Compare these counts by verdict, JSON: {"accepted": 12}.')
+    ] = None,
+    patients: Annotated[int, typer.Option(min=1, help="In each of four hospitals.")] = 4,
+    slices: Annotated[int, typer.Option(min=1, help="Of each series.")] = 24,
+    size: Annotated[int, typer.Option(min=16, help="Rows and columns of a slice.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed writes the same bytes.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Write made-up archives to rehearse the take-in on, or check its verdicts. Exit 1: others."""
+    import json
+
+    from client import rehearse as rehearsals
+
+    if check is not None:
+        differences = rehearsals.compare(
+            rehearsals.expected(folder), rehearsals.read_verdicts(check)
+        )
+        if as_json:
+            print(json.dumps([one._asdict() for one in differences]))
+        for one in () if as_json else differences:
+            print(f"{one.verdict}: expected {one.expected} series, got {one.found}")
+        if not differences and not as_json:
+            print("every verdict was given as often as the answer key says")
+        raise typer.Exit(1 if differences else 0)
+    with _waiting("writing made-up archives"):
+        rehearsals.write(folder, seed=seed, num_patients=patients, num_slices=slices, size=size)
+    counts = rehearsals.expected(folder)
+    if as_json:
+        print(json.dumps(dict(sorted(counts.items()))))
+        return
+    print(f"wrote archives of four made-up hospitals into {folder}; their dicom/ folders hold")
+    for verdict, count in sorted(counts.items()):
+        print(f"{count:6} series that must be {_as_verdict(verdict)}")
+
+
+@app.command()
 def start(config: ConfigFile = Path("site.toml")) -> None:
     """Run the site agent until it is stopped (Ctrl-C or SIGTERM)."""
     from client import agent, answer, journal, running, visits
@@ -194,6 +233,10 @@ def start(config: ConfigFile = Path("site.toml")) -> None:
                 agent.run(link, desk.answer, stop=stop, refuse=desk.refuse, cancel=desk.cancel)
         finally:
             journal.append(book, journal.Event("stopped"))
+
+
+def _as_verdict(verdict: str) -> str:
+    return verdict if verdict == "accepted" else f"refused: {verdict}"
 
 
 @contextmanager

@@ -31,7 +31,8 @@ from client.dp import (
     trainable,
 )
 from client.noise import secure
-from shared_models.cohort import Patient
+from client.patches import corner, cut
+from shared_models.cohort import Patient, encoded
 from shared_models.plan import PrivacyTerms, StudyPlan, Training
 from shared_models.randomness import Randomness, seeded
 from shared_models.tasks import Free, Task, as_it_is
@@ -138,6 +139,7 @@ def train(
     net.to(performance.device).train()
     freeze(net, plan.training.frozen)
     free = FreeStep(net, task.free, randomness)
+    view = _view_of(task)
     buffers = {name: value.clone() for name, value in net.named_buffers()}
     optimizer = _optimizer(free.trained, plan, noise_multiplier, len(patients))
     losses, num_non_finite = list[float](), 0
@@ -147,7 +149,7 @@ def train(
                 losses = []
                 anchor = [p.detach().clone() for p in free.trained]
                 optimizer.param_groups[0]["lr"] = learning_rate(plan.training, round_)
-            batch = draw(patients, terms=plan.training, randomness=randomness, view=task.view)
+            batch = draw(patients, terms=plan.training, randomness=randomness, view=view)
             sums = gradient_of(_moved(batch, performance.device))
             gradients = _mean(
                 sums.gradients, batch, plan, len(patients), noise_multiplier, randomness
@@ -190,7 +192,8 @@ def draw(
     """Draw each patient with probability ``sample_rate``, and at most the cap of their images.
 
     An image drawn enters as ``views`` of it, each made by the plan's changes and then by the task's
-    own ``view``; the patient's gradient is the mean over them all.
+    own ``view``; the patient's gradient is the mean over them all. Where the plan trains on
+    patches, each view is of a patch of its own, ``patches_per_image`` times as many.
 
     Guarantees:
         Patients are drawn independently of each other.
@@ -201,15 +204,22 @@ def draw(
     for position, index in enumerate(drawn.tolist()):
         patient = patients[index]
         order = np.argsort(randomness.uniform(len(patient.images)))[: terms.images_per_patient]
-        for number in np.repeat(order, terms.views).tolist():
+        for number in np.repeat(order, terms.views * terms.patches_per_image).tolist():
             image, target = view(*_changed(patient, number, terms, randomness), randomness, True)
             images.append(image)
             targets.append(target)
             owner.append(position)
     if not images:
-        image, target = view(patients[0].images[0], patients[0].targets[0], randomness, True)
+        image, target = view(*_whole_or_patch(patients[0], 0, terms, randomness), randomness, True)
         return Batch(image[None][:0], target[None][:0], torch.zeros(0).long(), 0)
     return Batch(torch.stack(images), torch.stack(targets), torch.tensor(owner), len(drawn))
+
+
+def shown(patients: Sequence[Patient], *, plan: StudyPlan, task: Task) -> Tensor:
+    """Return an image of each patient as the net is shown it: (n, channel, [z,] y, x)."""
+    once = {"sample_rate": 1.0, "images_per_patient": 1, "views": 1, "patches_per_image": 1}
+    terms = plan.training.model_copy(update=once)
+    return draw(patients, terms=terms, randomness=seeded("probe"), view=_view_of(task)).images
 
 
 def freeze(net: nn.Module, frozen: Sequence[str]) -> None:
@@ -223,7 +233,7 @@ def _changed(
     patient: Patient, number: int, terms: Training, randomness: Randomness
 ) -> tuple[Tensor, Tensor]:
     """Return an image (channel, [z,] y, x) and its target, changed at random as the plan says."""
-    image, target = patient.images[number], patient.targets[number]
+    image, target = _whole_or_patch(patient, number, terms, randomness)
     is_map = target.ndim > 0
     if terms.flips and randomness.uniform(1)[0] < 0.5:
         image, target = image.flip(-1), target.flip(-1) if is_map else target
@@ -234,6 +244,31 @@ def _changed(
         image = image.roll(steps, axes)
         target = target.roll(steps, axes) if is_map else target
     return image, target
+
+
+def _view_of(task: Task) -> View:
+    """Return the task's view, of label maps encoded first where that was put off."""
+    return lambda image, target, randomness, is_training: task.view(
+        image, encoded(target, task), randomness, is_training
+    )
+
+
+def _whole_or_patch(
+    patient: Patient, number: int, terms: Training, randomness: Randomness
+) -> tuple[Tensor, Tensor]:
+    """Return an image and its target, or where the plan says so a random patch of both."""
+    image, target = patient.images[number], patient.targets[number]
+    if not terms.patch:
+        return image, target
+    begin = corner(
+        image.shape[1:],
+        terms.patch,
+        randomness,
+        foreground=patient.foreground[number] if patient.foreground else None,
+        share=terms.patch_foreground or 0.0,
+    )
+    is_map = target.ndim > 0
+    return cut(image, begin, terms.patch), cut(target, begin, terms.patch) if is_map else target
 
 
 @contextmanager

@@ -158,12 +158,11 @@ def _judged(job: Job) -> Outcome:
 
 def _read(job: Job) -> Ready:
     """Read the site's patients and find out whether they can be trained on."""
-    import torch
-
+    from client.patches import foreground_of
     from client.probe import mixes_images
+    from client.train import shown
     from shared_models import cohort
     from shared_models.nets.base import weights_of
-    from shared_models.randomness import seeded
     from shared_models.weights import schema_of
 
     task = _task(job)
@@ -174,14 +173,13 @@ def _read(job: Job) -> Ready:
         task=task,
         splits=("train", "test"),
         plugins=job.plugins,
+        foreground=foreground_of,
     )
     train, test = patients["train"], patients["test"]
     net = _net(job, task)
-    views = [
-        task.view(p.images[0], p.targets[0], seeded("probe", n), True)
-        for n, p in enumerate(train[:2])
-    ]
-    is_private = job.plan.privacy is not None
+    is_mixed = job.plan.privacy is not None and len(train) > 1
+    if is_mixed:
+        is_mixed = mixes_images(net, shown(train[:2], plan=job.plan, task=task))
     return Ready(
         task,
         patients,
@@ -190,9 +188,7 @@ def _read(job: Job) -> Ready:
             num_patients=len(train),
             num_test_patients=len(test),
             num_test_images=sum(len(patient.images) for patient in test),
-            is_mixed=is_private
-            and len(views) > 1
-            and mixes_images(net, torch.stack([view[0] for view in views])),
+            is_mixed=is_mixed,
         ),
     )
 
@@ -231,16 +227,18 @@ def _done(job: Job, weights: Array, study: Ready) -> tuple[Outcome, Array | None
     device = device_of(job.performance)
     net, given = _net(job, study.task), unflatten(weights, study.schema)
     load_weights(net, given)
-    test = study.patients["test"]
+    test, window = study.patients["test"], job.plan.training.patch
     if job.step == "train":
-        evaluation = evaluate(net, test, task=study.task, device=device)
+        evaluation = evaluate(net, test, task=study.task, device=device, window=window)
         loss = _train(net, job, study, [job.round_])
         update = flatten(subtract(weights_of(net), given))
         return Outcome(cohort=study.cohort, loss=loss, evaluation=evaluation), update
     loss = None
     if job.step == "alone":
         loss = _train(net, job, study, range(job.plan.training.num_rounds))
-    evaluation = evaluate(net, test, task=study.task, device=device, with_intervals=True)
+    evaluation = evaluate(
+        net, test, task=study.task, device=device, with_intervals=True, window=window
+    )
     return Outcome(cohort=study.cohort, loss=loss, evaluation=evaluation), None
 
 

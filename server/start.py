@@ -55,7 +55,12 @@ def warmed(
 
     Raises:
         DataError: if the images cannot be used, with every objection at once.
+        DocumentError: if the plan trains on patches.
     """
+    if plan.training.patch:
+        raise DocumentError(
+            "a warm start trains on whole images, and the plan on patches; start it from its seed"
+        )
     task = find("tasks", plan.task.name, builtin=tasks.BUILTIN)(**plan.task.params)
     cohorts = cohort.load(manifest, root=root, plan=plan, task=task)
     patients = [patient for split in cohorts.values() for patient in split]

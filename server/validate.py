@@ -6,6 +6,7 @@ import base64
 import io
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from server.store import RunSettings
 from shared_models import cohort, nets, tasks
 from shared_models.cohort import Patient
 from shared_models.contracts import Evaluation, Picture, ValidationReport
-from shared_models.evaluation import evaluate, evaluate_baselines, seen
+from shared_models.evaluation import evaluate, evaluate_baselines, seen, slide
 from shared_models.imaging import Pair
 from shared_models.nets.base import load_weights
 from shared_models.plan import StudyPlan
@@ -77,7 +78,11 @@ def validate(validator: Validator, weights: Weights, *, with_intervals: bool = F
     """Return the metrics of ``weights`` on the coordinator's patients."""
     load_weights(validator.net, weights)
     return evaluate(
-        validator.net, validator.patients, task=validator.task, with_intervals=with_intervals
+        validator.net,
+        validator.patients,
+        task=validator.task,
+        with_intervals=with_intervals,
+        window=validator.plan.training.patch,
     )
 
 
@@ -114,7 +119,9 @@ def _pictures(validator: Validator) -> list[Picture]:
     for number, patient in list(enumerate(patients))[::step][:NUM_PICTURES]:
         index = len(patient.images) // 2
         shown = seen(patient, number, task=task)
-        output = task.run(validator.net, shown.images[index : index + 1])[0]
+        run, window = partial(task.run, validator.net), validator.plan.training.patch
+        image = shown.images[index : index + 1]
+        output = (slide(run, image, window=window) if window else run(image))[0]
         pixels, caption = task.picture(shown.images[index], shown.targets[index], output)
         pictures.append(Picture(caption=caption, png_base64=_png(pixels)))
     return pictures

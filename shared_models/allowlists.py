@@ -126,6 +126,11 @@ def _made_objections(plan: StudyPlan, plugins: Collection[str]) -> Iterator[str]
         )
         spatial_dims = int(str(plan.net.params.get("spatial_dims", 2)))
         objection = tasks.objection_to_loss(task, spatial_dims=spatial_dims)
+        if plan.training.patch and task.label_kind in ("class", "boxes"):
+            yield (
+                "training.patch: a patch does not show what an image's class or boxes say of the "
+                "whole; train on whole images, or choose a task whose answer is an image"
+            )
         if task.not_private and plan.privacy is not None:
             yield f"task: '{plan.task.name}' cannot be private: {task.not_private}"
     except Exception as error:

@@ -17,7 +17,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shared_models.errors import DataError
@@ -49,16 +51,33 @@ class Patient(NamedTuple):
         images: float32 (n, channel, [z,] y, x).
         targets: int64 (n,) or (n, [z,] y, x).
         spacing_mm: of each image, ([z,] y, x).
+        foreground: of each image where the plan asks for it, flat indices of the voxels whose label
+            is not 0, in order.
+
+    Where the plan trains on patches, an only image stays mapped into memory, and label maps,
+    float32 as they were read, are encoded when they are needed (``encoded``).
     """
 
     images: Tensor
     targets: Tensor
     spacing_mm: tuple[tuple[float, ...], ...]
+    foreground: tuple[NDArray[np.int64], ...] = ()
 
 
 Cohort = dict[Split, list[Patient]]
 #: From an image's file and its label map's, if it has one, to both as the plan wants them.
 Prepare = Callable[[Path, Path | None], Pair]
+#: From a label map to the flat indices of the voxels whose label is not 0, in order.
+Foreground = Callable[[NDArray[np.float32]], NDArray[np.int64]]
+
+
+class Example(NamedTuple):
+    """One image of a patient, as in ``Patient``."""
+
+    image: Tensor
+    target: Tensor
+    spacing_mm: tuple[float, ...]
+    foreground: NDArray[np.int64] | None
 
 
 def load(
@@ -70,6 +89,7 @@ def load(
     splits: Sequence[str] = SPLITS,
     plugins: Collection[str] = (),
     prepare: Prepare | None = None,
+    foreground: Foreground = np.flatnonzero,
     progress: Callable[[int, int], None] | None = None,
 ) -> Cohort:
     """Read the images of ``manifest`` that belong to ``splits``, prepared as the plan says.
@@ -82,6 +102,7 @@ def load(
         splits: images of other splits are not opened.
         plugins: distributions whose imaging steps may be used, as ``name==version``.
         prepare: what reads and prepares an image; without it each is read anew.
+        foreground: what finds the foreground, where the plan asks for it.
         progress: called with images done and images in all.
 
     Raises:
@@ -96,11 +117,14 @@ def load(
     ]
     prepare = prepare or preparer(steps_of(plan), plugins=plugins)
     spatial_dims = int(str(plan.net.params.get("spatial_dims", 2)))
-    grouped: dict[tuple[str, str], list[tuple[Tensor, Tensor, tuple[float, ...]]]] = {}
+    terms, grouped = plan.training, dict[tuple[str, str], list[Example]]()
     objections: list[str] = []
     for done, row in enumerate(sorted(rows, key=lambda r: (r.patient, r.image))):
         try:
-            examples = _examples(row, root=root, task=task, prepare=prepare, dims=spatial_dims)
+            pair = _pair(row, root=root, task=task, prepare=prepare)
+            examples = _examples(row, pair, task=task, dims=spatial_dims, patch=terms.patch)
+            if terms.patch_foreground is not None and pair[1] is not None:
+                examples = _with_foreground(examples, foreground(pair[1].data))
             grouped.setdefault((row.split, row.patient), []).extend(examples)
         except (DataError, ValueError) as error:
             objections.append(f"line {row.line}: {error}")
@@ -110,7 +134,8 @@ def load(
     cohort: Cohort = {"train": [], "val": [], "test": []}
     for (split, _), examples in grouped.items():
         cohort[split].append(_stacked(examples))  # type: ignore[index]
-    _refuse(_misfits(cohort))
+    if not terms.patch:
+        _refuse(_misfits(cohort))
     return cohort
 
 
@@ -213,40 +238,73 @@ def _exists(file: Path) -> bool:
         return False
 
 
-def _examples(
-    row: Row, *, root: Path, task: Task, prepare: Prepare, dims: int
-) -> list[tuple[Tensor, Tensor, tuple[float, ...]]]:
-    """Return (image, target, spacing) for each image of a row: slices if ``dims`` is 2."""
-    label_file = root / row.label if task.label_kind == "map" else None
-    volume, map_ = prepare(root / row.image, label_file)
-    image = torch.from_numpy(volume.data)[None]
-    if not image.numel():
+def _pair(row: Row, *, root: Path, task: Task, prepare: Prepare) -> Pair:
+    pair = prepare(root / row.image, root / row.label if task.label_kind == "map" else None)
+    if not pair[0].data.size:
         raise DataError(
             "nothing is left of the image after the plan's imaging steps, and a patient needs at "
             "least one; export it again or remove the line"
         )
+    return pair
+
+
+def _examples(
+    row: Row, pair: Pair, *, task: Task, dims: int, patch: tuple[int, ...]
+) -> list[Example]:
+    """Return each image of a row: slices if ``dims`` is 2."""
+    volume, map_ = pair
+    image = torch.from_numpy(volume.data)[None]
+    if any(long < short for long, short in zip(image.shape[-dims:], patch, strict=False)):
+        raise DataError(
+            "the image is smaller than the plan's patch after its imaging steps; end them with "
+            "'pad' or 'crop-or-pad', or plan smaller patches"
+        )
     if map_ is not None:
-        target = torch.from_numpy(task.encode_map(map_.data))
+        codes = task.encode_map(map_.data)  # also where only patches of it will be needed: a check
+        target = torch.from_numpy(map_.data if patch else codes)
     elif task.label_kind == "none":
         target = torch.tensor(0)
     else:
         target = torch.tensor(task.encode_class(row.label))
     if dims == 3:
-        return [(image, target, volume.spacing_mm)]
+        return [Example(image, target, volume.spacing_mm, None)]
     return [
-        (image[:, z], target[z] if target.ndim else target, volume.spacing_mm[1:])
+        Example(image[:, z], target[z] if target.ndim else target, volume.spacing_mm[1:], None)
         for z in range(image.shape[1])
     ]
 
 
-def _stacked(examples: Sequence[tuple[Tensor, Tensor, tuple[float, ...]]]) -> Patient:
-    images, targets, spacings = zip(*examples, strict=True)
+def _with_foreground(examples: list[Example], found: NDArray[np.int64]) -> list[Example]:
+    """Add where each image's foreground is, of that of the volume they are or are slices of."""
+    size = examples[0].target.numel()
+    ends = np.searchsorted(found, size * np.arange(len(examples) + 1))
+    return [
+        example._replace(
+            foreground=found[ends[z] : ends[z + 1]] - size * z if z else found[: ends[1]]
+        )
+        for z, example in enumerate(examples)
+    ]
+
+
+def encoded(target: Tensor, task: Task) -> Tensor:
+    """Return a target as the task wants it: a label map left as it was read is encoded."""
+    if task.label_kind != "map" or not target.is_floating_point():
+        return target
+    return torch.from_numpy(task.encode_map(target.numpy()))
+
+
+def _stacked(examples: Sequence[Example]) -> Patient:
+    images, targets, spacings, foreground = zip(*examples, strict=True)
     if len({image.shape for image in images}) > 1:
         raise DataError(
             "images of one patient have different sizes; end the plan's imaging steps with "
             "'resize' or 'crop-or-pad'"
         )
-    return Patient(torch.stack(images).contiguous(), torch.stack(targets), tuple(spacings))
+    found = tuple(one for one in foreground if one is not None)
+    if len(images) == 1 and targets[0].is_floating_point():
+        return Patient(images[0][None], targets[0][None], tuple(spacings), found)
+    stacked = torch.stack(images).contiguous(), torch.stack(targets)
+    return Patient(*stacked, tuple(spacings), found)
 
 
 def _misfits(cohort: Cohort) -> Iterator[str]:

@@ -9,12 +9,15 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
+from types import EllipsisType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shared_models.cohort import Patient
+from shared_models.cohort import Patient, encoded
 from shared_models.contracts import Evaluation
 from shared_models.randomness import seeded
 from shared_models.tasks import Task
@@ -31,10 +34,14 @@ def evaluate(
     task: Task,
     device: str = "cpu",
     with_intervals: bool = False,
+    window: Sequence[int] = (),
 ) -> Evaluation:
-    """Return the metrics of ``net`` on ``patients``; they are rounded to four decimals."""
+    """Return the metrics of ``net`` on ``patients``; they are rounded to four decimals.
+
+    With ``window``, ([z,] y, x), the net sees that much of an image at a time (``slide``).
+    """
     scores = [
-        score_patient(net, patient, task=task, number=number, device=device)
+        score_patient(net, patient, task=task, number=number, device=device, window=window)
         for number, patient in enumerate(patients)
     ]
     return summarize(scores, task=task, with_intervals=with_intervals)
@@ -67,19 +74,61 @@ def summarize(scores: Sequence[Scores], *, task: Task, with_intervals: bool) -> 
 
 @torch.no_grad()
 def score_patient(
-    net: nn.Module, patient: Patient, *, task: Task, number: int = 0, device: str = "cpu"
+    net: nn.Module,
+    patient: Patient,
+    *,
+    task: Task,
+    number: int = 0,
+    device: str = "cpu",
+    window: Sequence[int] = (),
 ) -> Scores:
     """Return the task's scores of the images of patient ``number``: float64 (images, columns)."""
     net.to(device).eval()
-    return _scores(
-        seen(patient, number, task=task), task, lambda inputs: task.run(net, inputs.to(device))
-    )
+
+    def run(inputs: Tensor) -> Tensor:
+        return task.run(net, inputs.to(device)).cpu()
+
+    whole = partial(slide, run, window=window) if window else run
+    return _scores(seen(patient, number, task=task), task, whole)
+
+
+def slide(run: Callable[[Tensor], Tensor], inputs: Tensor, *, window: Sequence[int]) -> Tensor:
+    """Return what ``run`` answers on images too large for it: the mean over overlapping windows.
+
+    Each window counts most in its middle; neighbours share half of theirs.
+
+    Args:
+        run: (n, channel, *window) to (n, output, *window).
+        inputs: (n, channel, [z,] y, x), at least as large as the window.
+        window: its size, ([z,] y, x).
+    """
+    places = [_places(long, short) for long, short in zip(inputs.shape[2:], window, strict=True)]
+    weight = torch.ones(tuple(window))
+    for axis, short in enumerate(window):
+        tent = 1 - (torch.linspace(-1, 1, short + 2)[1:-1]).abs()
+        weight = weight * tent.reshape(-1, *(1 for _ in window[axis + 1 :]))
+    total, weights = torch.zeros(0), torch.zeros(tuple(inputs.shape[2:]))
+    for begin in product(*places):
+        inside = (slice(b, b + short) for b, short in zip(begin, window, strict=True))
+        where: tuple[EllipsisType | slice, ...] = (..., *inside)
+        answer = run(inputs[where])
+        if not total.numel():
+            total = answer.new_zeros((*answer.shape[:2], *inputs.shape[2:]))
+        total[where] += answer * weight
+        weights[where] += weight
+    return total / weights
+
+
+def _places(long: int, short: int) -> list[int]:
+    """Return where windows begin along an axis: at most half a window apart, the ends included."""
+    steps = -(-(long - short) // max(1, short // 2))
+    return [round(step * (long - short) / steps) for step in range(steps + 1)] if steps else [0]
 
 
 def seen(patient: Patient, number: int, *, task: Task) -> Patient:
     """Return a patient as the task tests on them: the same each time, by the patient's number."""
     views = [
-        task.view(image, target, seeded("evaluation", number, index), False)
+        task.view(image, encoded(target, task), seeded("evaluation", number, index), False)
         for index, (image, target) in enumerate(zip(patient.images, patient.targets, strict=True))
     ]
     inputs, targets = (torch.stack(part) for part in zip(*views, strict=True))

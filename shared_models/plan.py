@@ -40,6 +40,9 @@ Param = Scalar | tuple[Scalar, ...] | tuple[tuple[Scalar, ...], ...]
 Params = dict[Name, Param]
 
 
+PatchLength = Annotated[int, Field(ge=4, le=4096)]
+
+
 class Choice(Contract):
     """Something chosen by name from an allow-list, with its parameters."""
 
@@ -56,7 +59,10 @@ class Training(Contract):
     from ``learning_rate`` in the first round to ``learning_rate_end`` in the last along a cosine.
     An image drawn enters as ``views`` of it, each mirrored left to right at random (``flips``) and
     moved by up to ``shift`` pixels or voxels along each axis, and counts once in its patient's mean
-    (augmentation multiplicity, De et al. 2022). Parameters whose names begin with one of ``frozen``
+    (augmentation multiplicity, De et al. 2022). With ``patch``, ([z,] y, x) voxels, an image drawn
+    enters as ``patches_per_image`` random patches of it instead of whole, anywhere in it or, with
+    ``patch_foreground``, that share of them around voxels whose label is not 0; whole images are
+    answered by the mean of overlapping patches. Parameters whose names begin with one of ``frozen``
     stay as they were sent. ``adam-bc`` is Adam with the noise's own variance taken out of its
     second moment (Tang et al. 2024); it needs privacy terms.
     """
@@ -74,6 +80,9 @@ class Training(Contract):
     flips: bool = False
     shift: Annotated[int, Field(ge=0, le=64)] = 0
     views: Annotated[int, Field(ge=1, le=64)] = 1
+    patch: Annotated[tuple[PatchLength, ...], Field(max_length=3)] = ()
+    patches_per_image: Annotated[int, Field(ge=1, le=64)] = 1
+    patch_foreground: Annotated[float, Field(ge=0, le=1)] | None = None
     frozen: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = ()
 
 
@@ -231,6 +240,14 @@ def _terms_objections(plan: StudyPlan) -> Iterator[str]:
         yield "rounds.quorum: expected at least 2 under secure_aggregation; one site hides nothing"
     if training.optimizer == "adam-bc" and plan.privacy is None:
         yield "training.optimizer: adam-bc corrects for noise; add privacy terms or choose adamw"
+    dims = plan.net.params.get("spatial_dims", 2)
+    if training.patch and len(training.patch) != dims:
+        yield (
+            f"training.patch: expected {dims} lengths, as many as the net has dimensions, "
+            f"got {len(training.patch)}"
+        )
+    if not training.patch and (training.patches_per_image > 1 or training.patch_foreground):
+        yield "training.patch: how patches are drawn is stated, but not their size; add it"
     if plan.privacy is None or plan.privacy.noise_shares == 1:
         return
     if not rounds.secure_aggregation:

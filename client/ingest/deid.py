@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from contextlib import suppress
 from functools import cache
 from typing import Literal, NamedTuple
 
@@ -42,16 +43,19 @@ from client.ingest.elements import (
     NOTHING,
     Apply,
     Element,
+    Item,
     Job,
     Note,
     as_dataset,
     bytes_of,
     first,
     put,
+    several,
     tag_of,
     text_of,
     with_bytes,
 )
+from client.ingest.items import bytes_of_items, items_of
 from client.ingest.keys import Key
 from client.ingest.profile import EDITION, Act, Rule, Terms, code_meanings, profile_for
 
@@ -225,6 +229,7 @@ def _job(dataset: Dataset, terms: Terms, key: Key, note: Note | None) -> Job:
         implicit=syntax.is_implicit_VR,
         little=syntax.is_little_endian,
         note=note,
+        made={},
     )
 
 
@@ -241,9 +246,9 @@ def _traces(dataset: Dataset, terms: Terms) -> frozenset[str]:
     return frozenset(word for word in re.split(r"[\W_]+", found) if len(word) > 2)
 
 
-def _cleaned(source: Dataset, job: Job, where: str) -> dict[BaseTag, Element]:
+def _cleaned(source: Dataset | Item, job: Job, where: str) -> Item:
     """Return what may stay of ``source``, changed as its rules ask, sequences included."""
-    kept: dict[BaseTag, Element] = {}
+    kept: Item = {}
     acts, note = job.acts, job.note
     for tag, element in source.items():
         act, rule = acts.get(int(tag), NOTHING)
@@ -252,7 +257,7 @@ def _cleaned(source: Dataset, job: Job, where: str) -> dict[BaseTag, Element]:
             is_fit = vr in rule.vrs or (vr is None and job.implicit)
             new = act(element, rule, job) if is_fit else None
         elif rule.act is Act.SEQUENCE:
-            new = _sequence(source, tag, job, where)
+            new = _sequence(element, job, where)
         elif rule.act is Act.TABLE:
             new = element if _is_table(source, element, rule) else None
         else:
@@ -267,27 +272,52 @@ def _cleaned(source: Dataset, job: Job, where: str) -> dict[BaseTag, Element]:
     return kept
 
 
-def _sequence(source: Dataset, tag: BaseTag, job: Job, where: str) -> Element | None:
-    """Return the sequence with each item cleaned; without the items whose code nobody knows."""
-    element = source[tag]
-    if element.VR != "SQ":
+def _sequence(element: Element, job: Job, where: str) -> Element | None:
+    """Return the sequence with each item cleaned; without the items whose code nobody knows.
+
+    Frames repeat each other's items: the same bytes under the same tag become the same again.
+    """
+    if job.note is not None or not isinstance(element, RawDataElement):
+        return _sequence_anew(element, job, where)
+    made = (element.tag, bytes_of(element))
+    if made not in job.made:
+        job.made[made] = _sequence_anew(element, job, where)
+    return job.made[made]
+
+
+def _sequence_anew(element: Element, job: Job, where: str) -> Element | None:
+    items = _items(element, job)
+    if items is None:
         return None
-    items = []
-    for number, item in enumerate(element.value or ()):
+    tag, kept = element.tag, list[Item]()
+    for number, item in enumerate(items):
         inside = _cleaned(item, job, f"{where}{tag}[{number}]>" if job.note else "")
         if any(code in item for code in CODES) and not _add_code(inside, item, job):
             if job.note:
                 job.note(f"{where}{tag}[{number}]", _keyword(tag), "item of unknown code removed")
             continue
-        items.append(as_dataset(inside, job))
-    if element.value and not items:
+        kept.append(inside)
+    if items and not kept:
         return None
-    return DataElement(tag, "SQ", Sequence(items))
+    if any(not one.is_raw for item in kept for one in item.values()):
+        return DataElement(tag, "SQ", Sequence(as_dataset(item, job) for item in kept))
+    value = bytes_of_items(kept, little=job.little)  # type: ignore[arg-type]
+    return RawDataElement(tag, "SQ", len(value), value, 0, job.implicit, job.little)
 
 
-def _add_code(kept: dict[BaseTag, Element], item: Dataset, job: Job) -> bool:
+def _items(element: Element, job: Job) -> list[Dataset | Item] | None:
+    """Return the items of a sequence, None if it is none."""
+    if isinstance(element, RawDataElement) and element.VR in ("SQ", None):
+        with suppress(ValueError):  # what is unusual is pydicom's to understand
+            form = {"implicit": element.is_implicit_VR, "little": element.is_little_endian}
+            return items_of(bytes_of(element), **form)  # type: ignore[return-value]
+    found = as_dataset({element.tag: element}, job)[element.tag]
+    return list(found.value or ()) if found.VR == "SQ" else None
+
+
+def _add_code(kept: Item, item: Dataset | Item, job: Job) -> bool:
     """Add a code of PS3.16 with the standard's meaning, whatever meaning was written beside it."""
-    code = first(item, "CodingSchemeDesignator"), first(item, "CodeValue")
+    code = _first(item, "CodingSchemeDesignator"), _first(item, "CodeValue")
     meaning = code_meanings().get(code)
     if meaning is None:
         return False
@@ -295,20 +325,36 @@ def _add_code(kept: dict[BaseTag, Element], item: Dataset, job: Job) -> bool:
     return True
 
 
-def _put_code(kept: dict[BaseTag, Element], code: tuple[str, str, str], job: Job) -> None:
+def _first(item: Dataset | Item, keyword: str) -> str:
+    """Return the first value as text; of items as bytes, no code that is not ASCII is known."""
+    if isinstance(item, Dataset):
+        return first(item, keyword)
+    element = item.get(tag_of(keyword))
+    return "" if element is None else text_of(element).partition("\\")[0].strip()
+
+
+def _put_code(kept: Item, code: tuple[str, str, str], job: Job) -> None:
     scheme, value, meaning = code
     put(kept, "CodeValue", "SH", value, job)
     put(kept, "CodingSchemeDesignator", "SH", scheme, job)
     put(kept, "CodeMeaning", "LO", meaning.encode("ascii", "replace").decode()[:64], job)
 
 
-def _is_table(source: Dataset, element: Element, rule: Rule) -> bool:
+def _is_table(source: Dataset | Item, element: Element, rule: Rule) -> bool:
     """Return whether a lookup table is as long as its descriptor says, to the byte."""
-    descriptor = source.get(rule.keyword.replace("Data", "Descriptor"))
-    if not descriptor or not element.is_raw:
+    tag = tag_of(rule.keyword.replace("Data", "Descriptor"))
+    if tag not in source or not element.is_raw:
         return False
-    entries = int(descriptor[0]) or 2**16
+    entries = _num_entries(source.get_item(tag) if isinstance(source, Dataset) else source[tag])
     return len(bytes_of(element)) in (2 * entries, entries + entries % 2)
+
+
+def _num_entries(descriptor: Element) -> int:
+    """Return the first value of a table's descriptor, where 0 means 65536 (PS3.3 C.11.1.1)."""
+    if isinstance(descriptor, RawDataElement):
+        order: Literal["little", "big"] = "little" if descriptor.is_little_endian else "big"
+        return int.from_bytes(bytes_of(descriptor)[:2], order) or 2**16
+    return int(str(several(descriptor.value)[0])) or 2**16
 
 
 def _picture(dataset: Dataset, job: Job) -> Element | None:
@@ -327,7 +373,7 @@ def _picture(dataset: Dataset, job: Job) -> Element | None:
     return with_bytes(element, new + b"\0" * (len(new) % 2), job)
 
 
-def _sign(kept: dict[BaseTag, Element], dataset: Dataset, terms: Terms, job: Job) -> None:
+def _sign(kept: Item, dataset: Dataset, terms: Terms, job: Job) -> None:
     """Write the pseudonym, and what was done, by whom (PS3.3 C.7.1.1, C.12.1)."""
     pseudonym = job.key.pseudonym(job.patient)
     put(kept, "PatientName", "PN", pseudonym, job)
@@ -375,9 +421,9 @@ def _methods(dataset: Dataset, terms: Terms) -> tuple[str, ...]:
     return tuple(dict.fromkeys(known + [value for value in ours if ours[value]]))
 
 
-def _meta(dataset: Dataset, kept: dict[BaseTag, Element], job: Job) -> FileMetaDataset:
+def _meta(dataset: Dataset, kept: Item, job: Job) -> FileMetaDataset:
     """Return file meta information made anew (PS3.10 7.1)."""
-    found: dict[BaseTag, Element] = {}
+    found: Item = {}
     put(found, "MediaStorageSOPClassUID", "UI", text_of(kept[tag_of("SOPClassUID")]), job)
     put(found, "MediaStorageSOPInstanceUID", "UI", text_of(kept[tag_of("SOPInstanceUID")]), job)
     put(found, "TransferSyntaxUID", "UI", dataset.file_meta.TransferSyntaxUID, job)

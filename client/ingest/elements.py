@@ -19,7 +19,6 @@ from pydicom import DataElement, Dataset
 from pydicom._uid_dict import UID_dictionary
 from pydicom.dataelem import RawDataElement
 from pydicom.multival import MultiValue
-from pydicom.sequence import Sequence
 from pydicom.tag import BaseTag, Tag
 
 from client.ingest.keys import Key
@@ -40,11 +39,12 @@ OLDEST_AGE = {"D": 32872, "W": 4695, "M": 1080, "Y": 90}  # 90 years
 PRINTABLE = re.compile(r"[ -\[\]-~]*")
 
 Element = DataElement | RawDataElement
+Item = dict[BaseTag, Element]
 Note = Callable[[str, str, str], None]
 
 
 class Job(NamedTuple):
-    """What stays the same within one object."""
+    """What stays the same within one object; ``made``: what became of its sequences so far."""
 
     acts: dict[int, tuple[Apply | None, Rule]]
     words: frozenset[str]
@@ -56,6 +56,7 @@ class Job(NamedTuple):
     implicit: bool
     little: bool
     note: Note | None
+    made: dict[tuple[int, bytes], Element | None]
 
 
 Apply = Callable[[Element, Rule, Job], Element | None]
@@ -161,8 +162,6 @@ def _age(element: Element, rule: Rule, job: Job) -> Element | None:
 
 
 def _empty(element: Element, rule: Rule, job: Job) -> Element | None:
-    if rule.vrs == {"SQ"}:
-        return DataElement(element.tag, "SQ", Sequence())
     return with_text(element, "", job)
 
 
@@ -179,14 +178,14 @@ def tag_of(keyword: str) -> BaseTag:
     return Tag(keyword)
 
 
-def as_dataset(kept: dict[BaseTag, Element], job: Job) -> Dataset:
+def as_dataset(kept: Item, job: Job) -> Dataset:
     """Return a data set of these elements, to be written as they were read."""
     dataset = Dataset(kept)
     dataset.set_original_encoding(job.implicit, job.little, "iso8859")
     return dataset
 
 
-def put(kept: dict[BaseTag, Element], keyword: str, vr: str, text: str, job: Job) -> None:
+def put(kept: Item, keyword: str, vr: str, text: str, job: Job) -> None:
     """Add an attribute with a text in ASCII."""
     tag = tag_of(keyword)
     kept[tag] = _encoded(tag, vr, text, job)
@@ -214,9 +213,9 @@ def first(dataset: Dataset, keyword: str) -> str:
 def text_at(dataset: Dataset, keyword: str) -> str:
     """Return all values of an attribute as one text without padding, empty if there is none."""
     tag = tag_of(keyword)
-    if tag not in dataset:
-        return ""
     element = dataset.get_item(tag)
+    if element is None:
+        return ""
     if element.is_raw and not bytes_of(element).isascii():
         element = dataset[tag]  # decoded with its character set
     return text_of(element)
@@ -229,7 +228,7 @@ def number(dataset: Dataset, keyword: str, default: int | None = None) -> int:
         ValueError: if there is none and no default.
     """
     tag = tag_of(keyword)
-    element = dataset.get_item(tag) if tag in dataset else None
+    element = dataset.get_item(tag)
     if element is None or not element.value:
         if default is None and (element is None or element.value != 0):
             raise ValueError(f"expected {keyword}")

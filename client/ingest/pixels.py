@@ -8,10 +8,13 @@ Guarantees:
     An image whose pixels cannot be read is refused, not passed unseen.
     Comments and application data of compressed frames are blanked; no coded pixel changes.
 
-Design: letters are thin strokes of one constant value that differ sharply from both sides, and come
-    in rows. Noise repeats no value along a stroke, anatomy is rarely thin and constant. This finds
-    grey and saturated text alike, in about ten passes over the pixels. Anti-aliased letters without
-    any constant core, handwriting and letters less than about 6 pixels high are not found.
+Design: letters are thin strokes that differ sharply from both sides, and come in rows. Noise
+    repeats no value along a stroke, anatomy is rarely thin and constant: few strokes of one value
+    are enough. Of soft, transparent or noisy letters, whose value is about one only, it takes a
+    longer line. This finds grey and saturated text alike, in about ten passes over the pixels.
+    Handwriting, letters less than about 6 pixels high, soft ones less than about 12, and letters
+    hardly brighter than what they lie on are not found: ``tests/bench/deidentify.py`` prints how
+    many of each.
 
 References:
     DICOM PS3.3 C.7.6.1.1.2 (Image Type), C.7.6.1 (Burned In Annotation), C.8.6.1 (Conversion Type).
@@ -35,8 +38,12 @@ from client.ingest.profile import Profile, Terms
 
 #: A stroke is at most this wide, in pixels of the scale looked at.
 STROKE_WIDTH = 4
+#: A stroke may change along its way by this part of its contrast, where letters are not solid.
+STEADINESS = 4
 #: Rows that a line of text takes at most, again in pixels of the scale looked at.
 LINE_HEIGHT = 24
+#: Columns below which there is no room for a line: its strokes, gaps between them, both sides.
+NARROWEST = 24
 #: Pixels looked at in one go: few enough for a processor's cache.
 PIECE = 2**15
 COLOURLESS = ("MONOCHROME1", "MONOCHROME2")
@@ -45,20 +52,42 @@ GREY_MODALITIES = frozenset({"CT", "MR", "PT", "CR", "DX", "MG", "NM"})
 
 Pixels = NDArray[np.signedinteger[Any]]
 _Places = NDArray[np.intp]
-_Found = tuple[_Places, _Places, Pixels]  # rows, columns and values of stroke pixels
 
 
 class _Line(NamedTuple):
-    """What makes a line of text, where only every so many rows are looked at."""
+    """What makes a line of text."""
 
-    every: int
     fewest_pixels: int
     fewest_strokes: int
     fewest_rows: int  # of one stroke
 
 
-COARSE = _Line(every=4, fewest_pixels=10, fewest_strokes=4, fewest_rows=1)
-FINE = _Line(every=1, fewest_pixels=40, fewest_strokes=8, fewest_rows=3)
+class _Ink(NamedTuple):
+    """Which strokes are looked for together, and how many it takes, coarsely and finely.
+
+    ``is_exact``: strokes of one value that do not change at all along their way.
+    """
+
+    is_exact: bool
+    coarse: _Line
+    fine: _Line
+
+
+class _Strokes(NamedTuple):
+    """Where strokes are, the values there, and whether the row above has the same."""
+
+    rows: _Places
+    columns: _Places
+    values: Pixels
+    is_same: NDArray[np.bool_]
+
+
+COARSE, FINE = 4, 1  # every so many rows
+#: Solid letters; soft, transparent or noisy ones, of which it takes more to be sure.
+INKS = (
+    _Ink(True, _Line(10, 4, 1), _Line(40, 8, 3)),
+    _Ink(False, _Line(24, 12, 1), _Line(100, 16, 3)),
+)
 
 
 class NoDecoder(Exception):
@@ -116,80 +145,92 @@ def has_lettering(frame: NDArray[np.integer]) -> bool:
         whole = frame.astype(np.int16, copy=False)
     else:
         whole = frame.astype(np.int64)
+    every = max(1, min(whole.shape) // 32)
+    sample = np.sort(whole[::every, ::every], axis=None)
+    rare = len(sample) // 100
+    contrast = max(1, (int(sample[-1 - rare]) - int(sample[rare])) // 6)
     for step in (1, 2, 4):
         view: Pixels = np.ascontiguousarray(whole[::step, ::step])
-        if min(view.shape) < 4 * STROKE_WIDTH:
+        if min(view.shape) < 4 * STROKE_WIDTH or view.shape[1] < NARROWEST:
             return False
-        every = max(1, min(view.shape) // 32)
-        sample = np.sort(view[::every, ::every], axis=None)
-        reach = int(sample[-1 - len(sample) // 100]) - int(sample[len(sample) // 100])
-        if _is_lettered(view, max(1, reach // 6)):
+        if _is_lettered(view, contrast):
             return True
     return False
 
 
 def _is_lettered(view: Pixels, contrast: int) -> bool:
-    """Return whether strokes of one value, brighter or darker than both sides, stand in a row.
+    """Return whether strokes, brighter or darker than both sides, stand in a row.
 
     Every fourth row decides whether the others are looked at: a line of text crosses several.
     """
-    return all(
-        any(_finds_line(*found, line) for found in _strokes(view, contrast, line.every))
-        for line in (COARSE, FINE)
-    )
+    coarse = _strokes(view, contrast, COARSE)
+    likely = [ink for ink in INKS if any(_finds_line(s, ink, contrast, COARSE) for s in coarse)]
+    if not likely:
+        return False
+    fine = _strokes(view, contrast, FINE)
+    return any(_finds_line(s, ink, contrast, FINE) for ink in likely for s in fine)
 
 
-def _strokes(view: Pixels, contrast: int, every: int) -> tuple[_Found, _Found]:
-    """Return where bright and dark strokes are in every so many rows, and their values.
+def _strokes(view: Pixels, contrast: int, every: int) -> tuple[_Strokes, _Strokes]:
+    """Return the bright and the dark strokes in every so many rows.
 
-    A stroke differs from what lies on both sides and goes on unchanged in the row above.
+    A stroke differs from what lies on both sides and goes on much the same in the row above.
     """
-    width = STROKE_WIDTH
-    bright: list[_Found] = []
-    dark: list[_Found] = []
+    width, flat = STROKE_WIDTH, view.reshape(-1)
+    found: tuple[list[_Strokes], list[_Strokes]] = ([], [])
     piece = every * max(1, PIECE // view.shape[1])
     for top in range(1, len(view), piece):
         rows = view[top : top + piece : every]
         middle = rows[:, width:-width]
-        above = view[top - 1 : top - 1 + piece : every][: len(rows), width:-width]
         over_left, over_right = middle - rows[:, : -2 * width], middle - rows[:, 2 * width :]
-        is_upright = middle == above
-        for is_stroke, found in (
-            (np.minimum(over_left, over_right) > contrast, bright),
-            (np.maximum(over_left, over_right) < -contrast, dark),
-        ):
-            is_stroke &= is_upright
+        differs = (
+            np.minimum(over_left, over_right) > contrast,
+            np.maximum(over_left, over_right) < -contrast,
+        )
+        for is_stroke, parts in zip(differs, found, strict=True):
             y, x = np.divmod(np.flatnonzero(is_stroke), middle.shape[1])
-            found.append((y * every + top, x, middle[y, x]))
-    return _joined(bright), _joined(dark)
+            y = y * every + top
+            at = y * view.shape[1] + x + width
+            values = flat.take(at)
+            change = np.abs(values - flat.take(at - view.shape[1]))
+            on = change <= contrast // STEADINESS
+            parts.append(_Strokes(y[on], x[on], values[on], change[on] == 0))
+    bright, dark = (_Strokes(*map(np.concatenate, zip(*f, strict=True))) for f in found)
+    return bright, dark
 
 
-def _joined(pieces: list[_Found]) -> _Found:
-    rows, columns, values = zip(*pieces, strict=True)
-    return np.concatenate(rows), np.concatenate(columns), np.concatenate(values)
+def _finds_line(strokes: _Strokes, ink: _Ink, contrast: int, every: int) -> bool:
+    """Return whether strokes of one of the two commonest values make a line of text.
 
-
-def _finds_line(rows: _Places, columns: _Places, values: Pixels, line: _Line) -> bool:
-    """Return whether strokes of one of the two commonest values make a line of text."""
+    Values of letters that are not solid count as one if they differ by less than the contrast.
+    """
+    line = ink.coarse if every == COARSE else ink.fine
+    rows, columns, values, is_same = strokes
+    if ink.is_exact:
+        rows, columns, values = rows[is_same], columns[is_same], values[is_same]
     if len(values) < line.fewest_pixels:
         return False
     levels = values.astype(np.int64) - int(values.min())
+    levels //= 1 if ink.is_exact else contrast
     if levels.max() >= 2**16:
         levels = np.unique(levels, return_inverse=True)[1]
-    counts = np.bincount(levels)
+    counts, reach = np.bincount(levels), 1
+    if not ink.is_exact:
+        counts, reach = counts + np.append(counts[1:], 0), 2  # two neighbouring levels together
     for _ in range(2):
         level = int(np.argmax(counts))
         if counts[level] < line.fewest_pixels:
             return False
-        if _has_line(rows[levels == level] // line.every, columns[levels == level], line):
+        is_level = (levels >= level) & (levels < level + reach)
+        if _has_line(rows[is_level] // every, columns[is_level], line, every):
             return True
         counts[level] = 0
     return False
 
 
-def _has_line(rows: _Places, columns: _Places, line: _Line) -> bool:
+def _has_line(rows: _Places, columns: _Places, line: _Line, every: int) -> bool:
     """Return whether some band of rows holds enough pixels, in enough separate strokes."""
-    height = LINE_HEIGHT // line.every
+    height = LINE_HEIGHT // every
     per_row = np.bincount(rows)
     sums = np.concatenate(([0], np.cumsum(per_row)))
     ends = np.minimum(np.arange(len(per_row)) + height, len(per_row))

@@ -198,7 +198,7 @@ def _taken(job: Job, plan: StudyPlan, device: str) -> dict[str, Any]:
     step_s = _timed_step(net, patients, plan, task, job, device)
     start = time.monotonic()
     tested = patients[: min(drawn, 8)]
-    evaluation = evaluate(net, tested, task=task, device=device)
+    evaluation = evaluate(net, tested, task=task, device=device, window=plan.training.patch)
     each_s = (time.monotonic() - start) / max(sum(len(p.images) for p in tested), 1)
     one = patients[0]
     image_bytes = (one.images[0].numel() * 4) + (one.targets[0].numel() * 8)
@@ -229,6 +229,8 @@ def _made_up(job: Job, plan: StudyPlan, task: Any, number: int) -> list[Any]:
         noise = np.random.Generator(np.random.PCG64(0)).random(UNSEEN[dims], dtype=np.float32)
         made, _ = steps(Volume(noise, np.eye(4)))
         shape = made.data.shape if dims == 3 else made.data.shape[1:]
+    patch = plan.training.patch
+    shape = tuple(map(max, shape, patch)) if patch else shape
     each = plan.training.images_per_patient
     generator = torch.Generator().manual_seed(0)
     images = torch.randn((each, 1, *shape), generator=generator)

@@ -2,8 +2,9 @@
 
 Four vendors, CT and MR; patients who come once or twice, whose lesions have grown; several series
 and a localizer per visit; patients without labels, and hospitals that label the organ only; broken
-series planted between the good ones; invented names and numbers in every header. ``answers.json``
-beside each hospital's files is the key: what every series is, and which identifiers it carries.
+series planted between the good ones; series with a name drawn into their pixels; invented names and
+numbers in every header. ``answers.json`` beside each hospital's files is the key: what every series
+is, and which identifiers it carries, in its headers and in its pixels.
 
 Guarantees:
     The same seed writes the same bytes. A failure leaves nothing half-written.
@@ -27,6 +28,7 @@ from shared_models.phantoms.anatomy import LESION, ORGAN, Grid, Scan
 from shared_models.phantoms.bulk import Stored
 from shared_models.phantoms.files import describe_series, write_labels
 from shared_models.phantoms.hard import CASES, write_hard_cases
+from shared_models.phantoms.lettering import Lettering, invent_line, letter
 from shared_models.phantoms.profiles import VENDORS, HospitalProfile
 from shared_models.phantoms.seeds import digest, make_generator, make_uid
 
@@ -37,6 +39,13 @@ LESION_GROWTH = 1.25
 SECOND_KERNEL = {"CT": "B60f", "MR": "T2"}
 UNLABELLED_SHARE = 4  # one patient in so many
 ORGAN_ONLY = ("north_clinic",)
+#: Letters of the series with text in their pixels, and from how many pixels of a slice's width.
+LETTERED = (
+    (Lettering("sharp", 12, "white", "top left"), 0),
+    (Lettering("sharp", 16, "box", "bottom right"), 200),
+    (Lettering("dots", 22, "grey", "top right"), 200),
+    (Lettering("smooth", 24, "rim", "bottom left"), 200),
+)
 PLANTED = tuple(name for name, (reason, _) in CASES.items() if reason)
 GIVEN = ("ADA", "BRUNO", "CHIARA", "DARIO", "ELKE", "FARID", "GRETA", "HUGO", "IDA", "JOSIP")
 FAMILY = ("AMSEL", "BIRNBAUM", "CASTAGNO", "DRAGOMIR", "EICHENLAUB", "FELDMOHN", "GROSSBACH")
@@ -61,6 +70,7 @@ def write_archives(
     num_slices: int = 24,
     size: int = 96,
     num_planted: int = 6,
+    num_lettered: int = 1,
     profiles: Iterable[HospitalProfile] = VENDORS,
     progress: Callable[[int], None] | None = None,
 ) -> list[Path]:
@@ -73,6 +83,7 @@ def write_archives(
         num_slices: Slices of a series.
         size: Rows and columns of a slice.
         num_planted: Broken series planted in each hospital, other ones in each.
+        num_lettered: Patients in each hospital whose one series has text in its pixels.
         profiles: The hospitals.
         progress: Called after each patient with the number of patients written so far.
 
@@ -101,6 +112,10 @@ def write_archives(
                 num_written += 1
                 if progress is not None:
                     progress(num_written)
+            for index in range(num_patients, num_patients + num_lettered):
+                visit = next(_visits(profile, index, seed=seed))
+                grid = _grid(visit, seed, num_slices, size)
+                answers.append(_write_lettered(folder, visit, seed, grid, number=place + index))
             names = [
                 PLANTED[(place + n * len(profiles)) % len(PLANTED)] for n in range(num_planted)
             ]
@@ -159,6 +174,29 @@ def _write_visit(folder: Path, visit: Visit, seed: int, grid: Grid) -> list[dict
     _make_localizer(dataset)
     answers.append(_write(folder, visit, dataset, _localizer(scan, profile), one, names))
     return [answer | {"reason": _reason(answer)} for answer in answers]
+
+
+def _write_lettered(
+    folder: Path, visit: Visit, seed: int, grid: Grid, *, number: int
+) -> dict[str, Any]:
+    """Write a series with the same line of text in every slice; return its answer."""
+    fitting = [lettering for lettering, least in LETTERED if grid.size >= least]
+    lettering, names = fitting[number % len(fitting)], (seed, visit.patient, "lettered")
+    text = invent_line(make_generator(*names))
+    scan = bulk.draw_long(visit.profile, grid, person=(seed, visit.patient), has_lesion=False)
+    drawn = bulk.make_slices(
+        scan, visit.profile, num_slices=grid.num_slices, rng=make_generator(*names, "noise")
+    )
+    dataset = _describe(visit, visit.profile, grid, number=2, seed=seed)
+    stored = (letter(frame, text, lettering) for frame in drawn)
+    answer = _write(folder, visit, dataset, stored, grid, names)  # type: ignore[arg-type]
+    burned_in = {"text": text} | lettering._asdict()
+    return answer | {
+        "kind": "lettered",
+        "has_lesion": False,
+        "reason": None,
+        "burned_in": burned_in,
+    }
 
 
 def _reason(answer: dict[str, Any]) -> str | None:

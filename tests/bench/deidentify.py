@@ -8,6 +8,9 @@ that holds it, is in table E.1-1, and what stands outside the data set; the stan
 Cost: CPU time of one thread, read + de-identify + write over read + write, in alternation; medians.
 "decode all" is what reading every value costs, which de-identification cannot do without where
 images lie in sequences (multi-frame objects).
+Burned-in text: how many pictures of ``shared_models.phantoms.lettering`` are seen to hold text by
+their pixels alone, whatever the header says, and how many that hold none: their twins, and the
+frames of all real files but those with text in them.
 Conformance: errors of dciodvfy after that were not there before.
 """
 
@@ -34,9 +37,11 @@ from rich.table import Table
 
 from client.ingest.deid import Refused, deidentify
 from client.ingest.keys import Key
+from client.ingest.pixels import NoDecoder, shows_text
 from client.ingest.profile import Terms, table
 from shared_models.phantoms import HOSPITALS, write_hospitals
 from shared_models.phantoms.identifiers import Corpus, Planted, write_identifiers
+from shared_models.phantoms.lettering import write_lettered
 from shared_models.phantoms.survivors import search
 
 Tool = Callable[[Path, Path], None]
@@ -52,6 +57,8 @@ REAL = (
     "mr_siemens_skyra_epi",
     "mr_siemens_vida_enhanced_multiframe",
 )
+#: Sets of real images in whose pixels there is no text, all files.
+PLAIN = (*REAL, "mr_siemens_trio_9_transfer_syntaxes")
 
 
 def consilia(source: Path, target: Path) -> None:
@@ -133,6 +140,7 @@ def count_survivors(tool: Tool, corpus: Corpus, folder: Path) -> dict[str, objec
         "kinds": dict(Counter(one.kind for one in left if is_listed(one))),
         "attributes": len(recall),
         "attributes_clean": sum(value == 1 for value in recall.values()),
+        "recall": {name: round(value, 3) for name, value in sorted(recall.items())},
         "leaks": {name: round(recall[name], 3) for name in sorted(leaked)},
     }
 
@@ -217,6 +225,51 @@ def real_files() -> list[Path]:
     return found
 
 
+def count_lettered(folder: Path, seed: int) -> dict[str, object]:
+    """Return by font and style, place and kind which share of burned-in text is found."""
+    found: dict[str, dict[str, list[bool]]] = {"font": {}, "place": {}, "kind": {}}
+    false_alarms = num_twins = 0
+    for one in (o for n in range(3) for o in write_lettered(folder / str(n), seed=seed + n)):
+        is_found = shows_text(dcmread(one.file))
+        font = f"{one.lettering.font} {one.lettering.height}, {one.lettering.style}"
+        for key, value in (("font", font), ("place", one.lettering.place), ("kind", one.kind)):
+            found[key].setdefault(value, []).append(is_found)
+        false_alarms, num_twins = false_alarms + shows_text(dcmread(one.twin)), num_twins + 1
+    every = [is_found for founds in found["place"].values() for is_found in founds]
+    real, real_alarms = real_frames()
+    return {
+        "recall": round(sum(every) / len(every), 3),
+        "num_pictures": len(every),
+        "false_alarms": false_alarms,
+        "num_twins": num_twins,
+        "real_frames": real,
+        "real_false_alarms": real_alarms,
+        **{
+            f"by_{key}": {name: round(sum(v) / len(v), 2) for name, v in values.items()}
+            for key, values in found.items()
+        },
+    }
+
+
+def real_frames() -> tuple[int, int]:
+    """Return how many frames of real images without text there are, and how many are taken for it.
+
+    Those whose pixels nothing here decodes are refused unseen, and are not counted.
+    """
+    root = Path(os.environ.get("CONSILIA_DATA", "../shared/data")) / "dicom"
+    num_frames = num_alarms = 0
+    for file in sorted(f for name in PLAIN for f in (root / name).rglob("*") if f.is_file()):
+        if file.read_bytes()[128:132] != b"DICM":
+            continue
+        dataset = dcmread(file)
+        try:
+            num_alarms += shows_text(dataset)
+            num_frames += int(dataset.get("NumberOfFrames", 1) or 1)
+        except NoDecoder:
+            continue
+    return num_frames, num_alarms
+
+
 def run(seed: int, repeats: int, folder: Path) -> dict[str, object]:
     corpus = write_identifiers(folder / "corpus", seed=seed)
     tools = {"consilia": consilia} | others()
@@ -226,6 +279,7 @@ def run(seed: int, repeats: int, folder: Path) -> dict[str, object]:
     costs = {"phantom CT 512": measure(timed, slice_, folder, repeats)}
     first = {file.parent.name: file for file in reversed(real)}
     costs |= {name: measure(timed, file, folder, repeats) for name, file in first.items()}
+    lettered = count_lettered(folder / "lettered", seed)
     errors: dict[str, object] = {}
     if shutil.which("dciodvfy"):
         errors = {name: new_errors(tool, [slice_, *real], folder) for name, tool in tools.items()}
@@ -236,6 +290,7 @@ def run(seed: int, repeats: int, folder: Path) -> dict[str, object]:
         "over_read_write": costs["phantom CT 512"]["consilia"],
         "new_dciodvfy_errors": sum(errors["consilia"].values()) if errors else None,
         "same_bytes_in_another_process": is_consistent([slice_, *corpus.files], folder),
+        "burned_in": lettered,
         "tools": left,
         "costs": costs,
         "errors": errors,
@@ -243,7 +298,7 @@ def run(seed: int, repeats: int, folder: Path) -> dict[str, object]:
 
 
 def show(found: dict[str, object]) -> None:
-    console = Console()
+    console = Console(width=120)
     console.print(f"{found['planted']} planted, {found['planted_listed']} of them listed by E.1-1")
     left = Table("tool", "survivors", "of the listed", "attributes clean", "new dciodvfy errors")
     for name, figures in found["tools"].items():
@@ -270,6 +325,21 @@ def show(found: dict[str, object]) -> None:
         leaks = (f.get("leaks", {}) for f in found["tools"].values())
         recall.add_row(attribute, *(f"{leak.get(attribute, 1):.3f}" for leak in leaks))
     console.print(recall)
+    show_lettered(console, found["burned_in"])
+
+
+def show_lettered(console: Console, found: dict[str, object]) -> None:
+    console.print(
+        f"text found in {found['recall']:.1%} of {found['num_pictures']} pictures by their pixels "
+        f"alone; false alarms: {found['false_alarms']} of {found['num_twins']} without text, "
+        f"{found['real_false_alarms']} in {found['real_frames']} real frames"
+    )
+    styles = sorted({name.partition(", ")[2] for name in found["by_font"]})
+    table = Table("font", *styles, title="Recall of text in pixels")
+    for font in dict.fromkeys(name.partition(", ")[0] for name in found["by_font"]):
+        table.add_row(font, *(f"{found['by_font'][f'{font}, {s}']:.2f}" for s in styles))
+    console.print(table)
+    console.print(found["by_place"] | found["by_kind"])
 
 
 def main() -> None:

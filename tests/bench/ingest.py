@@ -11,6 +11,11 @@ Correctness: each reader gets every hard series of ``phantoms.hard``. A volume w
 be refused, or one that differs from what was written, is a silent error, warnings or none. Others
 are judged kindly: any order of axes and any direction of an axis will do, spacings are not looked
 at, and who leaves a foreign file out has done right.
+Patches: CPU time of one patch of 16 x 96 x 96 with its label, drawn around the foreground as often
+as beside it, from six volumes of 64 x 512 x 512: ours from mapped arrays with secure randomness,
+MONAI's CacheDataset with everything in memory and RandCropByPosNegLabeld, with and without its
+indices of the foreground made beforehand. ``tests/client/test_patches.py`` shows it is one law.
+
 With ``--data`` (or CONSILIA_DATA) also the real series: ours must give SimpleITK's voxels where it
 accepts, and reach the verdicts known of them.
 """
@@ -35,6 +40,8 @@ import pydicom
 from rich.console import Console
 from rich.table import Table
 
+from client.noise import secure
+from client.patches import corner, cut, foreground_of
 from shared_models.phantoms import bulk
 from shared_models.phantoms.anatomy import Grid
 from shared_models.phantoms.files import describe_series, write_series
@@ -47,7 +54,7 @@ from shared_models.slices import READ
 Reader = Callable[[Path], np.ndarray]
 FOREIGN = ("empty-file", "foreign-file")
 HEAP = {"MALLOC_TRIM_THRESHOLD_": "8000000000", "MALLOC_MMAP_THRESHOLD_": "8000000000"}
-SIZE = 512
+SIZE, PATCH = 512, (16, 96, 96)
 DATA = Path(os.environ["CONSILIA_DATA"]) if "CONSILIA_DATA" in os.environ else None
 
 
@@ -248,6 +255,78 @@ def count_errors(console: Console, scratch: Path) -> dict[str, dict[str, int]]:
     return counts
 
 
+def patch_volumes(scratch: Path, count: int = 6) -> list[dict[str, str]]:
+    """Write volumes of noise with a ball in each, and their label maps."""
+    found, shape = [], (64, SIZE, SIZE)
+    z, y, x = np.ogrid[:64, :SIZE, :SIZE]
+    for number in range(count):
+        names = {part: scratch / f"volume-{number}" / f"{part}.npy" for part in ("image", "label")}
+        names["image"].parent.mkdir()
+        noise = np.random.default_rng(number).standard_normal(shape, np.float32)
+        ball = 9 * (z - 30) ** 2 + (y - 150 - 20 * number) ** 2 + (x - 300) ** 2 < 70**2
+        np.save(names["image"], noise)
+        np.save(names["label"], ball.astype(np.float32))
+        found.append({part: str(file) for part, file in names.items()})
+    return found
+
+
+def our_patches(volumes: list[dict[str, str]]) -> Callable[[int], object]:
+    """Return what cuts a patch of the n-th volume, both copied as for a batch."""
+    import torch
+
+    randomness, opened = secure(), []
+    for names in volumes:
+        image, label = (np.load(names[part], mmap_mode="c") for part in ("image", "label"))
+        image.max(), label.max()  # once through, as the first epoch does: MONAI has read all, too
+        opened.append((torch.from_numpy(image), torch.from_numpy(label), foreground_of(label)))
+
+    def one(number: int) -> object:
+        image, label, foreground = opened[number % len(opened)]
+        begin = corner(image.shape, PATCH, randomness, foreground=foreground, share=0.5)
+        return cut(image, begin, PATCH).clone(), cut(label, begin, PATCH).clone()
+
+    return one
+
+
+def monais_patches(volumes: list[dict[str, str]], *, indexed: bool) -> Callable[[int], object]:
+    """Return the same by MONAI's CacheDataset, as its tutorials have it."""
+    from monai import transforms as t
+    from monai.data import CacheDataset
+
+    keys, rest = ["image", "label"], {}
+    steps = [
+        t.LoadImaged(keys, reader="NumpyReader"),
+        t.EnsureChannelFirstd(keys, channel_dim="no_channel"),
+    ]
+    if indexed:
+        steps.append(t.FgBgToIndicesd("label"))
+        rest = {"fg_indices_key": "label_fg_indices", "bg_indices_key": "label_bg_indices"}
+    steps.append(t.RandCropByPosNegLabeld(keys, "label", PATCH, pos=1, neg=1, **rest))
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        dataset = CacheDataset(volumes, t.Compose(steps), progress=False)
+    return lambda number: dataset[number % len(dataset)]
+
+
+def time_patches(console: Console, scratch: Path) -> dict[str, float]:
+    """Return the median CPU milliseconds of a patch, batches of twelve each way in alternation."""
+    volumes = patch_volumes(scratch)
+    ways = {"ours": our_patches(volumes)}
+    if "MONAI PydicomReader" in available():
+        ways["MONAI CacheDataset"] = monais_patches(volumes, indexed=False)
+        ways["MONAI CacheDataset, indices kept"] = monais_patches(volumes, indexed=True)
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _, (name, way), number in itertools.product(range(4), ways.items(), range(12)):
+        begun = thread_time()
+        way(number)
+        taken[name].append(1000 * (thread_time() - begun))
+    found = {name: median(times[12:]) for name, times in taken.items()}  # the first batch warms
+    table = Table("patches", "CPU, ms each", "x ours", title="16 x 96 x 96 of 64 x 512 x 512")
+    for name, ms in found.items():
+        table.add_row(name, f"{ms:.3f}", f"{ms / found['ours']:.0f}")
+    console.print(table)
+    return found
+
+
 def time_phantoms(console: Console, scratch: Path, repeats: int) -> float:
     """Return the CPU seconds of 1,000 slices: four vendors' series of 250, drawn and written."""
     taken = []
@@ -284,10 +363,13 @@ def main() -> None:
         taken = time_readers(args, console, Path(name))
         counts = count_errors(console, Path(name))
         phantoms_s = time_phantoms(console, Path(name), 3)
+        patches = time_patches(console, Path(name))
     found: dict[str, object] = {
         "read_over_floor": round(taken["ours"] / taken["floor"], 3),
         "read_vs_monai": round(taken["MONAI PydicomReader"] / taken["ours"], 2),
         "silent_errors": counts["ours"]["accepted"] + counts["ours"]["wrong"],
+        "patch_vs_cachedataset": round(patches["MONAI CacheDataset"] / patches["ours"], 1),
+        "patch_ms": {name: round(ms, 4) for name, ms in patches.items()},
         "cpu_s": {name: round(seconds, 4) for name, seconds in taken.items()},
         "phantoms_1000_cpu_s": round(phantoms_s, 2),
         "hard": counts,
@@ -297,7 +379,13 @@ def main() -> None:
         found["silent_errors"] += found["real"]["different"]
         console.print(f"real series: {found['real']}")
     console.print(
-        {name: found[name] for name in ("read_over_floor", "read_vs_monai", "silent_errors")}
+        {
+            name: found[name]
+            for name in (
+                *("read_over_floor", "read_vs_monai", "silent_errors"),
+                "patch_vs_cachedataset",
+            )
+        }
     )
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")

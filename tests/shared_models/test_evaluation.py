@@ -9,7 +9,7 @@ from scipy.stats import bootstrap
 from torch import nn
 
 from shared_models.cohort import Patient
-from shared_models.evaluation import evaluate, score_patient, summarize
+from shared_models.evaluation import evaluate, score_patient, slide, summarize
 from shared_models.tasks import Task
 from shared_models.tasks.base import Scores
 from shared_models.tasks.classification import make as make_classification
@@ -144,3 +144,24 @@ def test_a_resample_without_a_metric_leaves_it_out_of_the_interval() -> None:
     patients = [patient([1.0], 1), *[patient([-1.0], 0)] * 3]
     found = evaluate(Sure(), patients, task=TASK, with_intervals=True)
     assert found.intervals["auc"] == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("window", [(4, 6, 5), (9, 7, 8), (3, 4, 8)])
+def test_windows_together_answer_as_the_whole_does_where_neighbours_do_not_matter(
+    window: tuple[int, ...],
+) -> None:
+    images, sizes = torch.randn(2, 1, 9, 7, 8), set[tuple[int, ...]]()
+
+    def run(inputs: torch.Tensor) -> torch.Tensor:
+        sizes.add(tuple(inputs.shape[2:]))
+        return torch.cat([inputs, 2 * inputs], dim=1)
+
+    found = slide(run, images, window=window)
+    assert sizes == {window}
+    assert torch.allclose(found, torch.cat([images, 2 * images], dim=1), atol=1e-5)
+
+
+def test_windows_that_disagree_are_averaged_most_by_whoever_is_in_the_middle() -> None:
+    answers = iter((0.0, 1.0))
+    found = slide(lambda x: torch.full_like(x, next(answers)), torch.zeros(1, 1, 6), window=(4,))
+    assert found[0, 0].tolist() == pytest.approx([0, 0, 1 / 3, 2 / 3, 1, 1])

@@ -516,6 +516,30 @@ def test_every_planted_identifier_stands_in_the_files_and_in_no_name(
                     assert identifier.encode() in file.read_bytes(), place
 
 
+def test_text_stands_in_the_pixels_of_the_lettered_series_only(tmp_path: Path) -> None:
+    def drawn(name: str, **rest: int) -> dict[str, np.ndarray]:
+        (folder,) = write_archives(
+            tmp_path / name, 5, num_patients=1, num_slices=2, size=256, num_planted=0,
+            profiles=HOSPITALS[:1], **rest,
+        )  # fmt: skip
+        return {
+            answer["kind"] + str(answer.get("burned_in", {}).get("text", "")): read_files(
+                (folder / answer["folder"]).iterdir()
+            ).data
+            for answer in answers_of(folder)
+            if answer["reason"] is None
+        }
+
+    plain, lettered = drawn("without", num_lettered=0), drawn("with", num_lettered=2)
+    assert len(lettered) == len(plain) + 2
+    for name, data in lettered.items():
+        if name in plain:
+            assert np.array_equal(data, plain[name])
+        else:
+            in_both = (data[0] == data[1]) & (data[0] > data[0].min())  # letters, unlike noise
+            assert in_both.sum() > 200
+
+
 def test_the_same_seed_writes_the_same_archives(tmp_path: Path) -> None:
     small = {"num_patients": 1, "num_slices": 3, "size": 16, "num_planted": 2}
     for name, seed in (("once", 3), ("again", 3), ("other", 4)):

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
+from pydicom import dcmread
 
-from client.ingest.pixels import has_lettering, without_comments
+from client.ingest.pixels import NoDecoder, has_lettering, shows_text, without_comments
+from shared_models.phantoms.lettering import write_lettered
 
 TEXT = "OKAFOR ADA 1961-04-12 MRN 448213"
 
@@ -53,6 +55,25 @@ def test_anatomy_is_not_taken_for_text():
             assert not has_lettering(anatomy(seed, dtype))
 
 
+@pytest.fixture(scope="module")
+def answer_key(tmp_path_factory):
+    """Return pictures of every kind with text and without, from 16 pixels of height."""
+    fonts = (("sharp", 16), ("smooth", 24), ("dots", 22))
+    return write_lettered(tmp_path_factory.mktemp("lettered"), seed=5, size=384, fonts=fonts)
+
+
+def test_text_of_the_answer_key_is_found_in_solid_soft_and_transparent_letters(answer_key):
+    at_borders = [one for one in answer_key if one.lettering.place != "body"]
+    missed = [one.lettering for one in at_borders if not shows_text(dcmread(one.file))]
+    assert len(at_borders) > 12
+    assert not [one for one in missed if one.style != "transparent"]
+    assert len(missed) <= 1
+
+
+def test_the_same_pictures_without_text_pass(answer_key):
+    assert not [one for one in answer_key if shows_text(dcmread(one.twin))]
+
+
 def test_text_in_wide_values_is_found():
     frame = anatomy(0).astype(np.int32) * 40000
     assert has_lettering(lettered(frame, 2**30, 20, (120, 250)))
@@ -71,10 +92,6 @@ def test_noise_holds_no_text(seed, dtype):
 
 
 def test_real_images_without_text_pass(dicom_dir):
-    from pydicom import dcmread
-
-    from client.ingest.pixels import NoDecoder, shows_text
-
     folders = ("ct_siemens", "ct_philips_ing", "mr_ge", "mr_toshiba", "mr_uih", "mr_siemens")
     num_seen = 0
     for folder in sorted(dicom_dir.iterdir()):
