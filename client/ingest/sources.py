@@ -26,10 +26,14 @@ NO_IMAGES = {"DICOMDIR", "Thumbs.db", ".DS_Store", "desktop.ini"}
 
 
 class Arrival(NamedTuple):
-    """One file: ``read`` gives its content, ``done`` says that it was kept or refused for good."""
+    """One file: ``read`` gives its content, ``done`` says that it was kept or refused for good.
+
+    ``file`` is where it lies, if it lies on a disk of the hospital's.
+    """
 
     read: Callable[[], Dataset]
     done: Callable[[], None] = lambda: None
+    file: Path | None = None
 
 
 def folder(root: Path, *, quiet_s: float = 0.0) -> Iterator[Arrival]:
@@ -42,9 +46,9 @@ def folder(root: Path, *, quiet_s: float = 0.0) -> Iterator[Arrival]:
     """
     if not root.is_dir():
         raise DocumentError(f"expected a folder at {root}; there is none")
-    for file in _files(root):
-        if quiet_s <= 0 or time.time() - file.stat().st_mtime >= quiet_s:
-            yield Arrival(lambda file=file: read_file(file))  # type: ignore[misc]
+    for file in files_in(root):
+        if quiet_s <= 0 or _is_quiet(file, quiet_s):
+            yield Arrival(lambda file=file: read_file(file), file=file)  # type: ignore[misc]
 
 
 def inbox(root: Path) -> Iterator[Arrival]:
@@ -55,7 +59,7 @@ def inbox(root: Path) -> Iterator[Arrival]:
         def done(file: Path = file) -> None:
             file.unlink(missing_ok=True)
 
-        yield Arrival(lambda file=file: read_file(file), done)  # type: ignore[misc]
+        yield Arrival(lambda file=file: read_file(file), done, file)  # type: ignore[misc]
 
 
 def put(root: Path, content: bytes) -> None:
@@ -97,10 +101,18 @@ def _headless(file: Path) -> Dataset:
     return found  # type: ignore[no-any-return]
 
 
-def _files(root: Path) -> Iterator[Path]:
+def files_in(root: Path) -> Iterator[Path]:
+    """Yield the files under ``root`` that may be images, in the order of their names."""
     for where, folders, names in os.walk(root):
         folders.sort()
         for name in sorted(names):
             file = Path(where, name)
             if name not in NO_IMAGES and not file.is_symlink():
                 yield file
+
+
+def _is_quiet(file: Path, quiet_s: float) -> bool:
+    try:
+        return time.time() - file.stat().st_mtime >= quiet_s
+    except OSError:  # it went away
+        return False

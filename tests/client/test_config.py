@@ -85,7 +85,7 @@ def test_performance_may_be_left_out(data: dict[str, Any], tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("where", "sentence"),
     [
-        ((), "state_dirs: unknown key; known here: coordinator, data, limits, link, name, perfo"),
+        ((), "state_dirs: unknown key; known here: cache, coordinator, data, ingest, limits, link"),
         (
             ("link",),
             "link.state_dirs: unknown key; known here: address, certificate, control, node_",
@@ -93,8 +93,11 @@ def test_performance_may_be_left_out(data: dict[str, Any], tmp_path: Path) -> No
         (("data",), "data.state_dirs: unknown key; known here: classes, manifest, root"),
         (("policy",), "policy.state_dirs: unknown key; known here: allow_without_privacy, coor"),
         (("performance",), "performance.state_dirs: unknown key; known here: autocast, device"),
+        (("ingest",), "ingest.state_dirs: unknown key; known here: folder, labels, modalities"),
+        (("ingest", "terms"), "ingest.terms.state_dirs: unknown key; known here: cleared, dates"),
+        (("pacs", "station"), "pacs.station.state_dirs: unknown key; known here: bind, port, res"),
     ],
-    ids=["top", "link", "data", "policy", "performance"],
+    ids=["top", "link", "data", "policy", "performance", "ingest", "terms", "station"],
 )
 def test_unknown_keys_list_the_known_ones(
     where: tuple[str, ...], sentence: str, data: dict[str, Any], tmp_path: Path
