@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 from pydicom.dataset import Dataset
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from shared_models.errors import DataError, DocumentError
 from shared_models.files import replace
@@ -94,6 +95,11 @@ def _headless(file: Path) -> Dataset:
     try:
         found: Any = pydicom.dcmread(file, force=True)
         is_object = str(found.get("SOPClassUID", "")).startswith("1.2.840.10008.5.1.4.")
+        if "TransferSyntaxUID" not in found.file_meta:
+            is_implicit, _ = found.original_encoding
+            found.file_meta.TransferSyntaxUID = (
+                ImplicitVRLittleEndian if is_implicit else ExplicitVRLittleEndian
+            )
     except Exception:
         is_object = False
     if not is_object:
