@@ -56,11 +56,13 @@ class DataSettings(Contract):
 
     ``classes`` says what the labels' numbers mean here, in their order: from 0 where a label is a
     class, from 1 where it is a map, whose 0 is the background. Who labels with words needs none.
+    ``mapping`` is what labels here are called in plans, signed (``mapping.py``).
     """
 
     manifest: Path
     root: Path
     classes: tuple[str, ...] = ()
+    mapping: Path = Path("labels.json")
 
 
 _DAY = "(mon|tue|wed|thu|fri|sat|sun)"
@@ -246,7 +248,11 @@ def _absolute(config: SiteConfig, base: Path) -> SiteConfig:
             ),
             "policy": config.policy.model_copy(update={"peers": base / config.policy.peers}),
             "data": data.model_copy(
-                update={"manifest": base / data.manifest, "root": base / data.root}
+                update={
+                    "manifest": base / data.manifest,
+                    "root": base / data.root,
+                    "mapping": base / data.mapping,
+                }
             ),
             "limits": limits.model_copy(
                 update={"readable": tuple(base / path for path in limits.readable)}

@@ -4,19 +4,23 @@ It is given no key and no path but the images', and knows neither ledger nor jou
 process of its own (``worker.py``), or, at a rehearsal, in the one that asks.
 
 Guarantees:
-    A job is judged, prepared and trained the same in whichever process it is done.
+    A job is judged, prepared and trained the same in whichever process it is done, and whether
+    prepared images are kept or not.
+    An image is prepared once: a second round, and a second process, find it prepared.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from client.config import DataSettings, PerformanceSettings
+from client import mapping
+from client.config import CacheSettings, DataSettings, PerformanceSettings
 from shared_models.contracts import (
     Contract,
     Count,
@@ -26,8 +30,12 @@ from shared_models.contracts import (
     Positive,
     SiteName,
 )
+from shared_models.errors import DocumentError
 from shared_models.plan import StudyPlan
 from shared_models.weights import Array, Schema, flatten, subtract, unflatten
+
+if TYPE_CHECKING:
+    from shared_models.cohort import Prepare
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +47,8 @@ class Job(Contract):
 
     ``judge``: say what is wrong with the plan, and its net's tensors; no image is read for that.
     ``prepare``: read the patients and count them. The rest as in an order, with weights beside it.
-    ``round_`` and ``noise_multiplier`` are for training; ``today`` is for judging.
+    ``round_`` and ``noise_multiplier`` are for training; ``today`` is for judging. ``labels`` are
+    what labels here are called in plans; with a ``cache`` prepared images are kept there.
     A worker that takes longer than ``limit_s`` is ended.
     """
 
@@ -54,6 +63,8 @@ class Job(Contract):
     round_: Count = 0
     noise_multiplier: NonNegative = 0.0
     limit_s: Positive = 3600.0
+    labels: mapping.Pairs = ()
+    cache: CacheSettings | None = None
 
 
 class Cohort(Contract):
@@ -86,6 +97,7 @@ class Ready(NamedTuple):
     patients: Any
     schema: Schema
     cohort: Cohort
+    labels: mapping.Pairs
 
 
 class Bench:
@@ -106,9 +118,9 @@ class Bench:
         torch.set_num_threads(job.performance.threads)
         if job.step == "judge":
             return _judged(job), None
-        if job.study not in self.studies:
-            self.studies[job.study] = _read(job)
-        study = self.studies[job.study]
+        study = self.studies.get(job.study)
+        if study is None or study.labels != job.labels:
+            study = self.studies[job.study] = _read(job)
         if job.step == "prepare":
             return Outcome(cohort=study.cohort), None
         if weights is None:
@@ -155,15 +167,17 @@ def _read(job: Job) -> Ready:
     from shared_models.nets.base import weights_of
     from shared_models.weights import schema_of
 
-    task = _task(job)
-    patients = cohort.load(
-        job.data.manifest,
-        root=job.data.root,
-        plan=job.plan,
-        task=task,
-        splits=("train", "test"),
-        plugins=job.plugins,
-    )
+    task = mapping.applied(_task(job), job.plan, job.labels)
+    with _kept(job) as prepare:
+        patients = cohort.load(
+            job.data.manifest,
+            root=job.data.root,
+            plan=job.plan,
+            task=task,
+            splits=("train", "test"),
+            plugins=job.plugins,
+            prepare=prepare,
+        )
     train, test = patients["train"], patients["test"]
     net = _net(job, task)
     first = [patient.images[:1] for patient in train[:2]]
@@ -178,7 +192,28 @@ def _read(job: Job) -> Ready:
             num_test_images=sum(len(patient.images) for patient in test),
             is_mixed=is_private and len(first) > 1 and mixes_images(net, torch.cat(first)),
         ),
+        job.labels,
     )
+
+
+@contextmanager
+def _kept(job: Job) -> Iterator[Prepare | None]:
+    """Yield what prepares images and keeps them, None if it cannot: that costs time only."""
+    from client import cache as caches
+    from shared_models.cohort import steps_of
+
+    settings = job.cache
+    if settings is None or not settings.most_gb:
+        yield None
+        return
+    try:
+        kept = caches.open_cache(settings.folder, most_gb=settings.most_gb)
+    except DocumentError:
+        log.warning("the cache cannot be used; images are prepared anew. See [cache] in site.toml")
+        yield None
+        return
+    yield caches.preparer(kept, steps_of(job.plan), plugins=job.plugins)
+    caches.trim(kept)
 
 
 def _done(job: Job, weights: Array, study: Ready) -> tuple[Outcome, Array | None]:

@@ -37,7 +37,8 @@ def main() -> None:
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         )
         logging.getLogger("absl").setLevel(logging.ERROR)
-        found = confine(Confines(tuple(told["readable"]), told["scratch"]))
+        lasting = tuple(told.get("lasting", ()))
+        found = confine(Confines(tuple(told["readable"]), told["scratch"], lasting))
         from client import supervisor, work
 
         supervisor.send(channel, json.dumps(found).encode(), None)

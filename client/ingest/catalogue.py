@@ -18,6 +18,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,107 +27,7 @@ from shared_models.errors import DocumentError
 State = Literal["open", "accepted", "refused"]
 
 #: One script per version; what was released is never changed, only followed by another.
-MIGRATIONS = (
-    """
-    CREATE TABLE patients (
-        pseudonym TEXT PRIMARY KEY,
-        split TEXT CHECK (split IN ('train', 'val', 'test'))
-    );
-    CREATE TABLE series (
-        uid TEXT PRIMARY KEY,
-        series_uid TEXT NOT NULL,
-        study_uid TEXT NOT NULL,
-        patient TEXT REFERENCES patients,
-        modality TEXT NOT NULL,
-        profile TEXT NOT NULL,
-        state TEXT NOT NULL CHECK (state IN ('open', 'accepted', 'refused')),
-        reason TEXT,
-        changed REAL NOT NULL,
-        label TEXT
-    );
-    CREATE INDEX series_of_uid ON series (series_uid);
-    CREATE TABLE volumes (
-        series TEXT PRIMARY KEY REFERENCES series,
-        folder TEXT NOT NULL UNIQUE,
-        digest TEXT NOT NULL,
-        num_files INTEGER NOT NULL,
-        num_slices INTEGER NOT NULL,
-        num_rows INTEGER NOT NULL,
-        num_columns INTEGER NOT NULL,
-        z_mm REAL NOT NULL,
-        y_mm REAL NOT NULL,
-        x_mm REAL NOT NULL,
-        orientation TEXT NOT NULL,
-        low REAL NOT NULL,
-        p1 REAL NOT NULL,
-        median REAL NOT NULL,
-        p99 REAL NOT NULL,
-        high REAL NOT NULL
-    );
-    CREATE TABLE instances (
-        uid TEXT PRIMARY KEY,
-        series TEXT NOT NULL REFERENCES series,
-        series_uid TEXT NOT NULL,
-        marks TEXT NOT NULL,
-        fault TEXT,
-        is_aside INTEGER NOT NULL,
-        digest TEXT,
-        content TEXT,
-        profile TEXT NOT NULL
-    );
-    CREATE INDEX instances_of_series ON instances (series);
-    CREATE INDEX instances_of_uid ON instances (series_uid);
-    CREATE TABLE seen (
-        state TEXT PRIMARY KEY,
-        root TEXT NOT NULL,
-        place TEXT NOT NULL,
-        series TEXT,
-        run INTEGER NOT NULL
-    );
-    CREATE INDEX seen_of_place ON seen (place);
-    CREATE INDEX seen_of_series ON seen (series);
-    CREATE TABLE expected (
-        series_uid TEXT PRIMARY KEY,
-        num_instances INTEGER NOT NULL
-    );
-    CREATE TABLE provenance (
-        series TEXT NOT NULL REFERENCES series,
-        digest TEXT NOT NULL,
-        source TEXT NOT NULL,
-        taken TEXT NOT NULL,
-        profile TEXT NOT NULL,
-        software TEXT NOT NULL,
-        num_files INTEGER NOT NULL,
-        PRIMARY KEY (series, digest)
-    );
-    CREATE TABLE flags (
-        series TEXT NOT NULL REFERENCES series,
-        flag TEXT NOT NULL,
-        PRIMARY KEY (series, flag)
-    );
-    CREATE TABLE maps (
-        series TEXT PRIMARY KEY REFERENCES series,
-        file TEXT NOT NULL UNIQUE,
-        volume TEXT NOT NULL,
-        digest TEXT NOT NULL,
-        kind TEXT NOT NULL,
-        names TEXT NOT NULL
-    );
-    CREATE TABLE segmentations (
-        uid TEXT PRIMARY KEY,
-        series_uid TEXT NOT NULL,
-        digest TEXT NOT NULL,
-        reason TEXT
-    );
-    CREATE TABLE runs (
-        number INTEGER PRIMARY KEY,
-        source TEXT NOT NULL,
-        began TEXT NOT NULL,
-        ended TEXT,
-        report TEXT
-    );
-    """,
-)
+MIGRATIONS = ("catalogue_1.sql",)
 
 
 class Series(NamedTuple):
@@ -252,7 +153,8 @@ def _migrate(connection: sqlite3.Connection) -> None:
         )
     for number in range(version, len(MIGRATIONS)):
         with changing(connection):
-            for statement in MIGRATIONS[number].split(";"):
+            script = resources.files(__package__).joinpath(MIGRATIONS[number])
+            for statement in script.read_text("utf-8").split(";"):
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {number + 1}")
 
@@ -371,9 +273,7 @@ def num_instances(connection: sqlite3.Connection, series_uid: str) -> int:
 
 def expect(connection: sqlite3.Connection, series_uid: str, num_instances: int) -> None:
     """Note how many objects a PACS says a series has."""
-    connection.execute(
-        "INSERT OR REPLACE INTO expected VALUES (?, ?)", (series_uid, num_instances)
-    )
+    connection.execute("INSERT OR REPLACE INTO expected VALUES (?, ?)", (series_uid, num_instances))
 
 
 def num_missing(connection: sqlite3.Connection, series_uid: str) -> int:
@@ -582,5 +482,6 @@ def end_run(connection: sqlite3.Connection, number: int, *, ended: str, report: 
 
 
 def _map(row: Sequence[Any]) -> Map:
-    names = {int(value): name for value, name in json.loads(row[-1]).items()}
-    return Map(*row[:-1], names)
+    series, file, volume, digest, kind, told = row
+    names = {int(value): name for value, name in json.loads(told).items()}
+    return Map(series, file, volume, digest, kind, names)

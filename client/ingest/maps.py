@@ -13,7 +13,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import sqlite3
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ def keep(
     kind: Any,
     names: dict[int, str],
 ) -> None:
-    """Keep ``map_`` as the label map of a series, on its image's grid.
+    """Keep ``map_`` as the label map of a series, on its image's grid; an older one is swept.
 
     Raises:
         DataError: if it lies on another grid, or holds what are no labels.
@@ -87,12 +86,7 @@ def keep(
     file = f"{patient}/{hashlib.sha256((volume.series + digest).encode()).hexdigest()[:32]}.nii.gz"
     if not (settings.store / file).exists():
         replace(settings.store / file, content, mode=0o600)
-    found = Map(volume.series, file, volume.digest, digest, kind, names)
-    before = catalogue.find_map(connection, volume.series)
-    catalogue.put_map(connection, found)
-    if before is not None and before.file != file:
-        with suppress(FileNotFoundError):
-            (settings.store / before.file).unlink()
+    catalogue.put_map(connection, Map(volume.series, file, volume.digest, digest, kind, names))
 
 
 def read_segmentation(file: Path) -> tuple[Volume, dict[int, str]]:

@@ -17,7 +17,7 @@ OURS = {
     "conflicting": "two different images under one SOP Instance UID; find out which is the right "
     "one, then: consilia-site data forget",
 }
-SENTENCES: dict[str, str] = {**REASONS, **OURS}
+SENTENCES: dict[str, str] = {**{str(reason): text for reason, text in REASONS.items()}, **OURS}
 
 #: Nothing that is sent later makes a volume of these; what came of them is not kept.
 FINAL = frozenset(

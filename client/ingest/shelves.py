@@ -159,9 +159,7 @@ def _pending(settings: IngestSettings) -> Path:
     return settings.private / "pending"
 
 
-def _sweep_series(
-    settings: IngestSettings, connection: sqlite3.Connection, waiting: Path
-) -> None:
+def _sweep_series(settings: IngestSettings, connection: sqlite3.Connection, waiting: Path) -> None:
     volume = catalogue.find_volume(connection, waiting.name)
     known = {
         f"{one.uid}-{one.digest[:16]}.dcm": one.uid
