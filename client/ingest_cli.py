@@ -299,10 +299,7 @@ def _watched(
             for objection in report.objections:
                 log.warning("%s", objection)
             if report.new or report.changed or report.withdrawn:
-                print(
-                    f"{report.new} series new, {report.changed} changed, {report.withdrawn} withdrawn",
-                    flush=True,
-                )
+                print(_changes(report), flush=True)
             stop.wait(site.ingest.poll_s)
     return report
 
@@ -340,9 +337,8 @@ def _told(report: Report, site: SiteConfig, json_file: Path | None) -> None:
         json_file.write_text(report.model_dump_json() + "\n", encoding="utf-8")
     table = Table("", "", "", box=None, show_header=False, pad_edge=False)
     table.add_row("read", str(report.files), f"files, {report.known} of them known")
-    changes = f"{report.new} new, {report.changed} changed, {report.withdrawn} withdrawn"
     table.add_row("accepted", str(report.accepted), f"series of {report.patients} patients")
-    table.add_row("", "", changes)
+    table.add_row("", "", _changes(report))
     if report.waiting:
         table.add_row("waiting", str(report.waiting), "series that may not be here whole yet")
     for reason, number in sorted(report.refused.items(), key=lambda pair: -pair[1]):
@@ -354,6 +350,10 @@ def _told(report: Report, site: SiteConfig, json_file: Path | None) -> None:
             "data.manifest in site.toml is another list: to train on this store, write "
             f"{site.ingest.manifest} and, as data.root, {site.ingest.store}"
         )
+
+
+def _changes(report: Report) -> str:
+    return f"{report.new} new, {report.changed} changed, {report.withdrawn} withdrawn"
 
 
 def _show_plan(console: Console, found: Plan) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,18 +36,9 @@ from shared_models.slices import Slice, inspect, inspect_stream
 #: So many files reach the disk, and the catalogue, together.
 BATCH = 64
 NOWHERE = Path()
-SUFFIXES_OF_OTHERS: tuple[str, ...] = (
-    ".txt",
-    ".csv",
-    ".json",
-    ".xml",
-    ".pdf",
-    ".html",
-    ".htm",
-    ".log",
-    ".md",
-)
-SUFFIXES_OF_OTHERS += (".jpg", ".jpeg", ".png", ".nii", ".gz", ".zip", ".nrrd", ".mha", ".exe")
+#: What a file is called that is no slice: lists, reports, pictures, other formats.
+LISTS = (".txt", ".csv", ".json", ".xml", ".pdf", ".html", ".htm", ".log", ".md")
+PICTURES = (".jpg", ".jpeg", ".png", ".nii", ".gz", ".zip", ".nrrd", ".mha", ".exe")
 
 
 def receive_all(desk: Desk, is_stopped: Callable[[], bool], progress: Progress) -> tuple[str, ...]:
@@ -78,9 +68,7 @@ def receive_all(desk: Desk, is_stopped: Callable[[], bool], progress: Progress) 
 
 def _flush(desk: Desk) -> None:
     """Have the files and then the catalogue reach the disk; only then tell the source."""
-    for descriptor in desk.unsynced:
-        os.fsync(descriptor)
-        os.close(descriptor)
+    shelves.flush(desk.unsynced)
     for folder in desk.folders:
         shelves.sync(folder)
     desk.connection.execute("COMMIT")
@@ -123,7 +111,7 @@ def _state(desk: Desk, file: Path | None) -> tuple[str, str]:
 
 def _is_of_others(file: Path | None) -> bool:
     """Return whether a file's name says that it is no slice: a report, a picture, a list."""
-    return file is not None and file.name.lower().endswith(SUFFIXES_OF_OTHERS)
+    return file is not None and file.name.lower().endswith(LISTS + PICTURES)
 
 
 def _take(desk: Desk, arrival: Arrival) -> str | None:
