@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydicom import Dataset
+from pydicom import Dataset, dcmread
 
 from client.config import IngestSettings
 from client.ingest import catalogue, shelves
@@ -98,7 +98,12 @@ def read_segmentation(file: Path) -> tuple[Volume, dict[int, str]]:
     import highdicom
 
     try:
-        found = highdicom.seg.segread(file)
+        dataset = dcmread(file)
+        for segment in dataset.SegmentSequence:  # both are words of people's, and were removed
+            for keyword in ("SegmentLabel", "SegmentAlgorithmName"):
+                if not segment.get(keyword):
+                    setattr(segment, keyword, "removed")
+        found = highdicom.seg.Segmentation.from_dataset(dataset, copy=False)
         volume = found.get_volume(combine_segments=True)
         names = {
             int(number): _name(found.get_segment_description(number))
