@@ -63,6 +63,7 @@ def take_in(
                 with catalogue.changing(connection):
                     catalogue.forget_gone(connection, root=desk.root, run=desk.run)
                     catalogue.reopen(connection, reason="not-dicom")
+            catalogue.reopen(connection, reason="incomplete")
             outcomes = settle_all(desk, settle_s, is_stopped, progress)
             maps.make_all(settings, connection)
             write_manifest(settings, connection)

@@ -9,21 +9,25 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pydicom
 import pytest
+import tomli_w
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from pynetdicom import AE
 from pynetdicom.association import Association
 
-from client.ingest import dimse, sources, web
+from client.ingest import catalogue, dimse, sources, web
 from client.ingest.pacs import DimsePacs, Query, Series, Station, WebPacs
+from client.setup import config_text
 from server.link import free_port
 from shared_models import phantoms
 from shared_models.errors import ConsiliaError, MachineError
+from shared_models.signing import create_key
 
 PLUGIN = "/usr/share/orthanc/plugins/libOrthancDicomWeb.so"
 PASSWORD = "MARKED-7731"
@@ -226,6 +230,69 @@ def test_a_series_that_is_here_whole_is_not_fetched(pacs: Pacs, way: str, tmp_pa
         found = arrived(sources.inbox(tmp_path))
     assert len(found) == len(pacs.files) - series_of(pacs)[here]
     assert here not in {str(dataset.SeriesInstanceUID) for dataset in found.values()}
+
+
+# --- by the command, into the store
+
+
+def test_the_command_takes_a_pacs_in_once(pacs: Pacs, tmp_path: Path) -> None:
+    """Over DICOMweb everything comes; over DIMSE, and again, there is nothing left to ask for."""
+    create_key(write_site(pacs, tmp_path) / "keys" / "signing.pem")
+    first = ingested(tmp_path, "--web")
+    assert (first["files"], first["new"]) == (len(pacs.files), len(series_of(pacs)))
+    assert first["refused"] == {}
+    before = stored(tmp_path)
+    assert len(before) == len(pacs.files)
+    for way in ("--pacs", "--web"):
+        again = ingested(tmp_path, way)
+        assert (again["files"], again["new"], again["changed"]) == (0, 0, 0)
+    assert stored(tmp_path) == before
+    with catalogue.opened(tmp_path / "ingest" / "private" / "catalogue.sqlite") as connection:
+        one = catalogue.listed(connection)[0].volume
+        connection.execute("UPDATE series SET state = 'refused', reason = 'incomplete'")
+        uids = connection.execute("SELECT uid FROM instances WHERE series = ?", (one.series,))
+        gone = uids.fetchall()[0]
+        connection.execute("DELETE FROM instances WHERE uid = ?", gone)
+    again = ingested(tmp_path, "--pacs")  # what is not here whole is asked for
+    assert again["files"] == len(pacs.files)
+    assert (again["accepted"], again["refused"]) == (len(series_of(pacs)), {})
+    assert stored(tmp_path) == before
+    assert list((tmp_path / "ingest" / "private" / "inbox").iterdir()) == []
+
+
+def write_site(pacs: Pacs, folder: Path) -> Path:
+    """Write a site that knows the PACS."""
+    (folder / "keys").mkdir()
+    text = config_text(
+        name="north",
+        coordinator="3b6a27bcceb6a42d62a3a8d02a6f0d73653215771de243a63ac048a18b59da29",
+        address="fl.example.org:443",
+        root_certificates="ca.pem",
+        manifest="ingest/store/manifest.csv",
+        root="ingest/store",
+    )
+    table = tomllib.loads(text)
+    table["pacs"] = {
+        "web": pacs.web.model_dump(mode="json", exclude_none=True),
+        "dimse": pacs.dimse.model_dump(mode="json"),
+        "station": pacs.station.model_dump(mode="json"),
+    }
+    (folder / "site.toml").write_text(tomli_w.dumps(table))
+    return folder
+
+
+def ingested(folder: Path, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "client.cli", "ingest", *arguments, "--json", "report.json"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return found
+
+
+def stored(folder: Path) -> dict[str, bytes]:
+    root = folder / "ingest" / "store"
+    return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*.dcm")}
 
 
 # --- being sent

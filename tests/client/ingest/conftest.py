@@ -90,8 +90,22 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
 
 @pytest.fixture
 def site_dir(tmp_path: Path, site_text: str) -> Path:
-    """Make a site that trains on its own store, with a key that is always the same."""
-    folder = tmp_path / "north"
+    """Make a site that trains on its own store."""
+    return made_site(tmp_path / "north", site_text)
+
+
+@pytest.fixture(scope="session")
+def ingested(tmp_path_factory: pytest.TempPathFactory, archive: Archive, site_text: str) -> Path:
+    """Return such a site that took the archive in; who changes it takes a copy."""
+    folder = made_site(tmp_path_factory.mktemp("ingested") / "north", site_text)
+    settings = configs.read(folder / "site.toml").ingest
+    with opened(settings) as (connection, key):
+        take_in(settings, connection, key, from_folder(archive.dicom))
+    return folder
+
+
+def made_site(folder: Path, site_text: str) -> Path:
+    """Make a site's folder, with a key of pseudonyms that is always the same."""
     private = folder / "ingest" / "private"
     (folder / "keys").mkdir(parents=True)
     private.mkdir(parents=True)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -329,6 +332,47 @@ def killed(site_dir: Path, dicom: Path, points: list[Any]) -> list[int]:
     assert done.returncode == 0, done.stderr
     found: list[int] = json.loads(done.stdout)
     return found
+
+
+# --- while it is watched
+
+
+def test_a_watched_folder_is_taken_in_once_it_is_quiet_until_the_watch_ends(
+    site_dir: Path, archive: Any, tmp_path: Path
+) -> None:
+    text = (site_dir / "site.toml").read_text()
+    text = text.replace("poll_s = 10.0", "poll_s = 0.1").replace(
+        "settle_s = 60.0", "settle_s = 2.0"
+    )
+    (site_dir / "site.toml").write_text(text)
+    files, source = rising(good_series(archive)), tmp_path / "source"
+    source.mkdir()
+    arrive(files[:3], source)
+    with subprocess.Popen(
+        [sys.executable, "-m", "client.cli", "ingest", str(source), "--watch"],
+        cwd=site_dir,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as watch:
+        assert watch.stdout is not None
+        while not list((site_dir / "ingest" / "private").glob("pending/2.*/*")):
+            assert watch.poll() is None
+            time.sleep(0.05)
+        arrive(files[3:], source)  # before it was quiet for so long
+        assert watch.stdout.readline() == "1 new, 0 changed, 0 withdrawn\n"
+        watch.send_signal(signal.SIGTERM)
+        rest, _ = watch.communicate(timeout=60)
+    assert watch.returncode == 0, rest
+    (stored,) = first_files(site_dir)
+    assert len(list(stored.parent.iterdir())) == len(files)
+
+
+def arrive(files: list[Path], folder: Path) -> None:
+    """Put files there as if they had come a while ago."""
+    for file in files:
+        shutil.copy(file, folder)
+        os.utime(folder / file.name, (1, 1))
 
 
 # --- without keeping anything

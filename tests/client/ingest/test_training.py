@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import closing
 from datetime import UTC, datetime
@@ -18,7 +19,6 @@ from client import cache as caches
 from client import cli
 from client import config as configs
 from client.cache import ABOUT
-from client.ingest.desk import Report
 from client.supervisor import Supervisor
 from client.work import Bench, Job
 from shared_models import plan as plans
@@ -33,14 +33,11 @@ NET = {
 
 @pytest.fixture
 def labelled(
-    take: Callable[..., Report],
-    site_dir: Path,
-    archive: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    ingested: Path, archive: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> configs.SiteConfig:
-    """Take the archive in and label it by the real commands' functions; two patients train."""
-    take(archive.dicom)
+    """Return a site that took the archive in and labelled it by the real command."""
+    site_dir = tmp_path / "north"
+    shutil.copytree(ingested, site_dir)
     monkeypatch.chdir(site_dir)
     lesion = {
         a["identifiers"]["PatientID"]: a["has_lesion"] for a in archive.answers if "patient" in a
@@ -145,7 +142,6 @@ def test_a_label_that_the_plan_spells_otherwise_is_found_and_cured_by_a_signed_m
     labelled: configs.SiteConfig,
     plan_of: Callable[..., Any],
     tmp_path: Path,
-    site_dir: Path,
 ) -> None:
     file = tmp_path / "plan.toml"
     file.write_text(plans.render(plan_of({"imaging": SMALL, "net": NET}), None))
@@ -163,7 +159,7 @@ def test_a_label_that_the_plan_spells_otherwise_is_found_and_cured_by_a_signed_m
     mapped.write_bytes(mapped.read_bytes().replace(b"Dr. Ada", b"Dr. Eve"))
     found = runner.invoke(cli.app, ["data", "check", str(file), "--json"])
     assert isinstance(found.exception, SignatureError)
-    assert "mapped" in (site_dir / "state" / "journal.jsonl").read_text()
+    assert "mapped" in (labelled.state_dir / "journal.jsonl").read_text()
 
 
 def test_the_tables_count_and_name_nobody(labelled: configs.SiteConfig, archive: Any) -> None:
