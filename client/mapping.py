@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError
 
 from client.config import SiteConfig
 from shared_models.contracts import Contract, Signature, SiteName
-from shared_models.errors import DocumentError, SignatureError
+from shared_models.errors import DataError, DocumentError, SignatureError
 from shared_models.files import replace
 from shared_models.signing import canonical, is_signed_by, public_key, sign
 
@@ -58,14 +58,14 @@ def make(
 ) -> SignedMapping:
     """Return the signed mapping of ``OLD=NEW`` pairs, which takes the place of any before it.
 
+    A label may be called differently in different plans: then it stands in several pairs.
+
     Raises:
-        ValueError: if a pair is none, or a label is mapped twice.
+        ValueError: if there is none, or a pair is none.
     """
     split = [tuple(part.strip() for part in pair.split("=", 1)) for pair in pairs]
-    if any(len(pair) != 2 or not all(pair) for pair in split):
+    if not split or any(len(pair) != 2 or not all(pair) for pair in split):
         raise ValueError("expected OLD=NEW for each label")
-    if len({pair[0] for pair in split}) != len(split):
-        raise ValueError("expected each label once on the left")
     try:
         found = LabelMapping.model_validate(
             {"site": site.name, "pairs": split, "who": who, "when": datetime.now(UTC)}
@@ -110,11 +110,14 @@ def read(site: SiteConfig, *, key: Ed25519PrivateKey) -> Pairs:
 
 
 def applied(task: Task, plan: StudyPlan, pairs: Pairs) -> Task:
-    """Return ``task`` with labels understood through ``pairs``."""
+    """Return ``task`` with labels understood through ``pairs``.
+
+    Raises:
+        DataError: if the pairs do not fit the plan.
+    """
     if not pairs:
         return task
-    told = dict(pairs)
-    values = values_of(plan, pairs)
+    told, values = told_for(plan, pairs), values_of(plan, pairs)
 
     def encode_map(label: NDArray[np.float32]) -> NDArray[np.int64]:
         found = np.rint(label)
@@ -129,22 +132,40 @@ def applied(task: Task, plan: StudyPlan, pairs: Pairs) -> Task:
     )
 
 
+def told_for(plan: StudyPlan, pairs: Pairs) -> dict[str, str]:
+    """Return which of the plan's classes each label is; other plans' classes are passed over.
+
+    Raises:
+        DataError: if a label is two of them, or a number is none.
+    """
+    known = (*_classes(plan), "background")
+    found: dict[str, str] = {}
+    for old, new in pairs:
+        if new in known and found.setdefault(old, new) != new:
+            raise DataError(
+                f"the label mapping calls '{old}' two of the plan's classes; map the labels again: "
+                "consilia-site data map"
+            )
+    lost = [old for old, _ in pairs if old.isdigit() and old not in found]
+    if lost:
+        raise DataError(
+            f"the label mapping calls {lost[0]} by none of the plan's classes; map the labels "
+            f"again, it may be one of {', '.join(known)}: consilia-site data map"
+        )
+    return found
+
+
 def values_of(plan: StudyPlan, pairs: Pairs) -> dict[int, int]:
     """Return what becomes of a map's numbers: the plan's numbers of the classes they are.
 
     Raises:
-        ValueError: if a number is mapped to what is none of the plan's classes.
+        DataError: if the pairs do not fit the plan.
     """
+    classes = ["background", *_classes(plan)]
+    told = told_for(plan, pairs)
+    return {int(old): classes.index(new) for old, new in told.items() if old.isdigit()}
+
+
+def _classes(plan: StudyPlan) -> list[str]:
     given = plan.task.params.get("classes", ())
-    classes = [str(name) for name in given] if isinstance(given, tuple) else []
-    found = {}
-    for old, new in pairs:
-        if not old.isdigit():
-            continue
-        if new not in (*classes, "background"):
-            raise ValueError(
-                f"the label mapping names '{new}', which is none of the plan's classes; map the "
-                f"labels again to {', '.join(classes)} or background"
-            )
-        found[int(old)] = 0 if new == "background" else classes.index(new) + 1
-    return found
+    return [str(name) for name in given] if isinstance(given, tuple) else []

@@ -15,6 +15,7 @@ from client.ingest.catalogue import Listed
 from client.mapping import Pairs, applied, values_of
 from client.policy import agrees_on_classes
 from client.preflight.base import Finding
+from shared_models.errors import DataError
 from shared_models.plan import StudyPlan
 from shared_models.volume import read_volume
 
@@ -45,7 +46,7 @@ def findings(
         yield Finding("labels", False, said, "settings", cure + "manifest")
     try:
         values_of(plan, pairs)
-    except ValueError as error:
+    except DataError as error:
         yield Finding("mapping", False, str(error), "data", "consilia-site data map")
         return
     if wanted == "maps":
