@@ -54,8 +54,9 @@ def findings(
     else:
         yield from _words(found, applied(task, plan, pairs), classes)
     objection = agrees_on_classes(plan, site)
-    if objection is not None and not pairs:
-        yield Finding("order", False, objection, "data", "or say what is what: data map OLD=NEW")
+    if objection is not None:
+        cure = "or leave data.classes empty, and say what is what: consilia-site data map OLD=NEW"
+        yield Finding("order", False, objection, "data", cure)
     yield from _geometry(found, plan)
 
 

@@ -5,7 +5,8 @@ until its source is exhausted (or, when a source is watched, quiet); then its se
 whole, and kept as a volume or refused with a reason.
 
 Guarantees:
-    Nothing that came is written to the disk before it is de-identified, nor are its names.
+    Nothing that came is written to the disk before it is de-identified, nor are its names; but what
+    a PACS sends over DIMSE waits in the inbox as it came, which is emptied as it is taken in.
     The same images taken in twice change nothing.
     A series that has grown is replaced as a whole; one that grew into no volume is withdrawn.
     A process killed at any point leaves a store that the next run completes, as if undisturbed.
