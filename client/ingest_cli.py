@@ -186,7 +186,7 @@ def forget(
     ],
     config: ConfigFile = Path("site.toml"),
 ) -> None:
-    """Remove a patient's or a series' images from the store and the catalogue."""
+    """Remove a patient's or a series' images. Take them out of the source too, or they return."""
     from client import config as configs
     from client.ingest import intake, labels, manifest
 

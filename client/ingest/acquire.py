@@ -15,7 +15,7 @@ from pathlib import Path
 from client.config import SiteConfig
 from client.ingest import catalogue, dimse, shelves, sources, web
 from client.ingest.deid import Refused, plan_changes
-from client.ingest.desk import Progress, Source, quiet
+from client.ingest.desk import Progress, Source, profile_of, quiet
 from client.ingest.keys import KEY_BYTES, Key
 from client.ingest.pacs import Series
 from client.ingest.receive import inspected
@@ -61,7 +61,7 @@ def from_web(site: SiteConfig, connection: sqlite3.Connection, key: Key) -> Sour
     if pacs is None:
         raise DocumentError("site.toml has no [pacs.web]; write its address and user there")
     uncounted: set[str] = set()
-    is_whole = asking(connection, key, uncounted)
+    is_whole = asking(connection, key, uncounted, profile=profile_of(site.ingest))
     arrivals = web.pull(pacs, site.ingest.query, is_whole=is_whole)
     return Source("web", arrivals, uncounted=uncounted)
 
@@ -89,7 +89,7 @@ def from_dimse(
     if pacs is None:
         raise DocumentError("site.toml has no [pacs.dimse]; write its title, host and port there")
     uncounted: set[str] = set()
-    is_whole = asking(connection, key, uncounted)
+    is_whole = asking(connection, key, uncounted, profile=profile_of(site.ingest))
     inbox = shelves.inbox(site.ingest)
 
     def arrivals() -> Iterator[Arrival]:
@@ -123,9 +123,12 @@ def from_inbox(site: SiteConfig) -> Source:
 
 
 def asking(
-    connection: sqlite3.Connection, key: Key, uncounted: set[str]
+    connection: sqlite3.Connection, key: Key, uncounted: set[str], *, profile: str
 ) -> Callable[[Series], bool]:
-    """Return what tells whether a series is here whole, and notes how many objects it has."""
+    """Return what tells whether a series is here whole, and notes how many objects it has.
+
+    What was de-identified under another ``profile`` is asked for again.
+    """
 
     def is_whole(series: Series) -> bool:
         uid = key.uid(series.series)
@@ -135,7 +138,7 @@ def asking(
             catalogue.expect(connection, uid, series.num_instances)
         known = catalogue.series_of(connection, uid)
         is_judged = bool(known) and all(one.state != "open" for one in known)
-        is_broken = any(one.reason == "incomplete" for one in known)
+        is_broken = any(one.reason == "incomplete" or one.profile != profile for one in known)
         is_there = not catalogue.num_missing(connection, uid) and uid not in uncounted
         return is_judged and not is_broken and is_there
 

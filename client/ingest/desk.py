@@ -74,8 +74,7 @@ class Desk:
         self.settings, self.connection, self.key = settings, connection, key
         self.source = source
         self.uncounted = set[str]() if source.uncounted is None else source.uncounted
-        terms = settings.terms.model_dump_json().encode()
-        self.profile = f"{METHOD} {hashlib.sha256(terms).hexdigest()[:16]}"
+        self.profile = profile_of(settings)
         self.root = "" if source.root is None else key.mark(str(source.root.absolute()))
         self.run = catalogue.begin_run(connection, source=source.kind, began=now())
         self.touched: set[str] = set()
@@ -115,6 +114,12 @@ def quiet() -> Iterator[None]:
         for name in ("pydicom", "highdicom"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         yield
+
+
+def profile_of(settings: IngestSettings) -> str:
+    """Return under which terms images are de-identified; others mean that it is done again."""
+    terms = settings.terms.model_dump_json().encode()
+    return f"{METHOD} {hashlib.sha256(terms).hexdigest()[:16]}"
 
 
 def now() -> str:

@@ -48,6 +48,7 @@ def receive_all(desk: Desk, is_stopped: Callable[[], bool], progress: Progress) 
     try:
         for arrival in desk.source.arrivals:
             _receive(desk, arrival)
+            desk.done.append(arrival.done)
             desk.num_files += 1
             progress("reading", desk.num_files, desk.source.num_files)
             if desk.num_files % BATCH == 0:
@@ -79,7 +80,6 @@ def _flush(desk: Desk) -> None:
 
 
 def _receive(desk: Desk, arrival: Arrival) -> None:
-    desk.done.append(arrival.done)
     state, place = _state(desk, arrival.file)
     noted = {"place": place, "root": desk.root, "run": desk.run}
     if state:

@@ -85,7 +85,7 @@ def _read(
         Fault: if it is none.
     """
     if not images:
-        raise Fault(every[0].fault or "empty")  # type: ignore[arg-type]
+        raise Fault((every[0].fault if every else None) or "empty")  # type: ignore[arg-type]
     for one in images:
         if one.fault is not None:
             raise Fault(one.fault)  # type: ignore[arg-type]

@@ -20,9 +20,13 @@ from typing import Any
 import pytest
 from pydicom import dcmread
 
-from client.ingest import catalogue, shelves
-from client.ingest.desk import Report
+from client import config as configs
+from client.ingest import catalogue, shelves, sources
+from client.ingest.desk import Report, Source, opened
+from client.ingest.intake import take_in
 from client.ingest.keys import load_key, reveal
+from client.ingest.terms import Clearance, Terms
+from shared_models.errors import MachineError
 from shared_models.journal import parse
 from shared_models.phantoms.hard import CASES, write_hard_cases
 from shared_models.phantoms.identifiers import Planted
@@ -244,6 +248,70 @@ def test_two_images_under_one_uid_are_refused(
     assert take(source).refused == {"conflicting": 1}
 
 
+def test_other_terms_mean_that_images_are_de_identified_again(
+    take: Callable[..., Report], site_dir: Path, archive: Any
+) -> None:
+    folder = good_series(archive)
+    take(folder)
+    (before,) = first_files(site_dir)
+    assert dcmread(before).LongitudinalTemporalInformationModified == "MODIFIED"
+    assert take(folder, terms=Terms(dates="remove")).changed == 1
+    (after,) = first_files(site_dir)
+    assert dcmread(after).LongitudinalTemporalInformationModified == "REMOVED"
+    assert not before.exists()
+
+
+def test_what_was_refused_for_good_is_not_kept_and_judged_again_under_other_terms_only(
+    take: Callable[..., Report], site_dir: Path, archive: Any, tmp_path: Path
+) -> None:
+    source, files = tmp_path / "source", rising(good_series(archive))
+    source.mkdir()
+    for number, file in enumerate(files):
+        dataset = dcmread(file)
+        dataset.BurnedInAnnotation = "YES"
+        dataset.save_as(source / f"{number}")
+    one = dcmread(files[0])
+    assert take(source).refused == {"burned-in": 1}
+    (source / "0").touch()
+    assert take(source).refused == {"burned-in": 1}
+    assert not snapshot(site_dir)["files"].keys() - {"store/manifest.csv"}
+    cleared = Clearance(
+        modality=one.Modality,
+        manufacturer=one.Manufacturer,
+        model=one.ManufacturerModelName,
+        rows=one.Rows,
+        columns=one.Columns,
+    )
+    report = take(source, terms=Terms(cleared=(cleared,)))
+    assert (report.new, report.refused) == (1, {})
+
+
+def test_an_arrival_is_done_only_once_it_is_kept(
+    site_dir: Path, archive: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = configs.read(site_dir / "site.toml").ingest
+    inbox = shelves.inbox(settings)
+    shelves.make_folders(settings)
+    for file in good_series(archive).iterdir():
+        sources.put(inbox, file.read_bytes())
+    written, write = [], shelves.write
+
+    def full(file: Path, content: bytes) -> int:
+        written.append(file)
+        if len(written) == 3:
+            raise OSError(28, "No space left on device")
+        return write(file, content)
+
+    with opened(settings) as (connection, key):
+        with monkeypatch.context() as patch, pytest.raises(MachineError):
+            patch.setattr(shelves, "write", full)
+            take_in(settings, connection, key, Source("dimse", sources.inbox(inbox)))
+        assert len(list(inbox.iterdir())) == len(list(good_series(archive).iterdir())) - 2
+        report = take_in(settings, connection, key, Source("dimse", sources.inbox(inbox)))
+    assert (report.new, report.refused) == (1, {})
+    assert list(inbox.iterdir()) == []
+
+
 def test_only_the_sites_key_leads_back_to_a_patient(
     take: Callable[..., Report], site_dir: Path, archive: Any
 ) -> None:
@@ -405,8 +473,6 @@ def test_the_catalogue_of_a_later_version_is_refused(
 def test_a_store_that_cannot_be_written_is_told_with_its_cure(
     site_dir: Path, archive: Any, take: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from shared_models.errors import MachineError
-
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
