@@ -69,11 +69,11 @@ def test_every_path_is_made_absolute(site_text: str, tmp_path: Path) -> None:
     site = config.read(tmp_path / "site.toml")
     found = [
         value
-        for part in (site, site.link, site.data, site.policy, site.performance)
+        for part in (site, site.link, site.data, site.policy, site.ingest, site.cache)
         for value in dict(part).values()
         if isinstance(value, Path)
     ]
-    assert len(found) == 7
+    assert len(found) == 10
     assert all(path.is_absolute() for path in found)
 
 
@@ -90,7 +90,7 @@ def test_performance_may_be_left_out(data: dict[str, Any], tmp_path: Path) -> No
             ("link",),
             "link.state_dirs: unknown key; known here: address, certificate, control, node_",
         ),
-        (("data",), "data.state_dirs: unknown key; known here: classes, manifest, root"),
+        (("data",), "data.state_dirs: unknown key; known here: classes, manifest, mapping,"),
         (("policy",), "policy.state_dirs: unknown key; known here: allow_without_privacy, coor"),
         (("performance",), "performance.state_dirs: unknown key; known here: autocast, device"),
         (("ingest",), "ingest.state_dirs: unknown key; known here: folder, labels, modalities"),

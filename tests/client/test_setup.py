@@ -106,7 +106,8 @@ def test_any_printable_text_comes_back_from_toml_as_it_was(text: str) -> None:
             setup.config_text(**TEXTS | {"manifest": text})
         return
     data = tomllib.loads(setup.config_text(**TEXTS | {"manifest": text}))
-    assert data["data"] == {"manifest": text, "root": ".", "classes": []}
+    told = {"manifest": text, "root": ".", "classes": [], "mapping": "labels.json"}
+    assert data["data"] == told
     assert set(data) == set(tomllib.loads(setup.config_text(**TEXTS)))
 
 
