@@ -31,14 +31,21 @@ from typing import NamedTuple
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client import config as configs
-from client import journal, ledger, masks, outbox, peers, studies
+from client import journal, ledger, mapping, masks, outbox, peers, studies
 from client.config import SiteConfig
 from client.gate import Refused, Result, pass_out, refusal
 from client.policy import broken_rules, is_quiet
 from client.supervisor import Supervisor, exposed, tell
 from client.work import Bench, Cohort, Job, Step, Trainer
 from shared_models.contracts import PrivacyEvent, PrivacyStatement, Reservation, RoundOrder
-from shared_models.errors import ConsiliaError, DataError, LedgerError, MachineError
+from shared_models.errors import (
+    ConsiliaError,
+    DataError,
+    DocumentError,
+    LedgerError,
+    MachineError,
+    SignatureError,
+)
 from shared_models.fingerprint import event_of_fingerprint
 from shared_models.journal import parse
 from shared_models.plan import SignedPlan, StudyPlan, event_of
@@ -436,7 +443,17 @@ def _job(step: Step, plan: StudyPlan, order: RoundOrder, site: Site) -> Job:
         noise_multiplier=_noise_multiplier(plan, step),
         min_cell=config.policy.min_cell,
         limit_s=max(min(left_s, most_s), 1e-3),
+        labels=_labels(site),
+        cache=config.cache,
     )
+
+
+def _labels(site: Site) -> mapping.Pairs:
+    """Return what labels here are called in plans; a mapping nobody vouches for stops the work."""
+    try:
+        return mapping.read(site.config, key=site.key)
+    except (DocumentError, SignatureError) as error:
+        raise DataError(error.objections) from error
 
 
 def _noise_multiplier(plan: StudyPlan, step: Step) -> float:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from client import predict_cli, studies_cli
+from client import ingest_cli, predict_cli, studies_cli
 from client.studies_cli import AsJson, ConfigFile, console, opened
 from shared_models.errors import EXIT_CODES_HELP
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 
 app.add_typer(studies_cli.app)
+app.add_typer(ingest_cli.app)
 app.add_typer(predict_cli.app)
 
 

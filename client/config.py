@@ -13,6 +13,8 @@ from zoneinfo import ZoneInfo
 
 from pydantic import Field, ValidationError, model_validator
 
+from client.ingest.pacs import PacsSettings, Query, WebPacs
+from client.ingest.terms import Terms
 from shared_models.contracts import (
     Address,
     Contract,
@@ -56,11 +58,13 @@ class DataSettings(Contract):
 
     ``classes`` says what the labels' numbers mean here, in their order: from 0 where a label is a
     class, from 1 where it is a map, whose 0 is the background. Who labels with words needs none.
+    ``mapping`` is what labels here are called in plans, signed (``mapping.py``).
     """
 
     manifest: Path
     root: Path
     classes: tuple[str, ...] = ()
+    mapping: Path = Path("labels.json")
 
 
 _DAY = "(mon|tue|wed|thu|fri|sat|sun)"
@@ -141,6 +145,47 @@ class LimitSettings(Contract):
     readable: tuple[Path, ...] = ()
 
 
+class IngestSettings(Contract):
+    """How images come to the site's own store, de-identified (``client.ingest``).
+
+    ``folder`` holds the store, which the worker reads, and beside it what it must not: the key of
+    the pseudonyms, their register and the catalogue. ``labels`` says what the manifest's labels
+    are: ``words`` from a table, or ``maps`` beside the images. ``modalities`` are those trained on;
+    none means all. ``query`` narrows what a PACS is asked for. In watch mode a source is looked at
+    every ``poll_s``, and a series is judged once nothing came of it for ``settle_s``.
+    """
+
+    folder: Path = Path("ingest")
+    labels: Literal["words", "maps"] = "words"
+    modalities: tuple[Annotated[str, Field(pattern=r"^[A-Z]{2,16}$")], ...] = ()
+    poll_s: Positive = 10.0
+    settle_s: NonNegative = 60.0
+    terms: Terms = Terms()
+    query: Query = Query()
+
+    @property
+    def store(self) -> Path:
+        """The images a worker may read, and the manifest that lists them."""
+        return self.folder / "store"
+
+    @property
+    def manifest(self) -> Path:
+        """The list of what may be trained on."""
+        return self.store / "manifest.csv"
+
+    @property
+    def private(self) -> Path:
+        """What a worker must not read."""
+        return self.folder / "private"
+
+
+class CacheSettings(Contract):
+    """Prepared images, so that each is prepared once; ``most_gb`` 0 keeps none."""
+
+    folder: Path = Path("cache")
+    most_gb: NonNegative = 20.0
+
+
 class SiteConfig(Contract):
     """Everything a site agent needs to know."""
 
@@ -154,6 +199,9 @@ class SiteConfig(Contract):
     policy: PolicySettings
     performance: PerformanceSettings = PerformanceSettings()
     limits: LimitSettings = LimitSettings()
+    ingest: IngestSettings = IngestSettings()
+    pacs: PacsSettings = PacsSettings()
+    cache: CacheSettings = CacheSettings()
 
 
 def read(file: Path) -> SiteConfig:
@@ -205,10 +253,24 @@ def _absolute(config: SiteConfig, base: Path) -> SiteConfig:
             ),
             "policy": config.policy.model_copy(update={"peers": base / config.policy.peers}),
             "data": data.model_copy(
-                update={"manifest": base / data.manifest, "root": base / data.root}
+                update={
+                    "manifest": base / data.manifest,
+                    "root": base / data.root,
+                    "mapping": base / data.mapping,
+                }
             ),
             "limits": limits.model_copy(
                 update={"readable": tuple(base / path for path in limits.readable)}
             ),
+            "ingest": config.ingest.model_copy(update={"folder": base / config.ingest.folder}),
+            "cache": config.cache.model_copy(update={"folder": base / config.cache.folder}),
+            "pacs": config.pacs.model_copy(update={"web": _absolute_web(config.pacs.web, base)}),
         }
     )
+
+
+def _absolute_web(web: WebPacs | None, base: Path) -> WebPacs | None:
+    if web is None:
+        return None
+    files = {name: getattr(web, name) for name in ("token", "password", "authority")}
+    return web.model_copy(update={name: file and base / file for name, file in files.items()})

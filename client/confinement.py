@@ -6,13 +6,17 @@ threads can no longer leave its network.
 
 Guarantees, each where ``Confinement`` says so:
     A worker reaches no network, not even this machine's own.
-    A worker opens no file but those it was given to read, and writes only to its scratch folder.
+    A worker opens no file but those it was given to read, and writes only to its scratch folder and
+    the cache of prepared images.
     A worker starts no other program, looks into no other process, and gains no privilege.
     A worker ends with its parent, and leaves no image of its memory on disk.
 
 Design: Landlock rather than a change of root or of user, because it needs no privilege and no
 preparation: what is not listed is denied, so keys and ledger are out of reach wherever they lie,
-unless they lie within a folder that is listed.
+unless they lie within a folder that is listed. Prepared images must outlive the process, or
+every start would prepare them anew: so the cache's folder may be written too, and nobody but
+workers opens it. What a worker gone wrong leaves there can mislead a later worker of the same
+site, which reads the same images anyway; it cannot leave the hospital by it.
 
 References:
     The Linux kernel's user-space API guide, Landlock, and include/uapi/linux/landlock.h.
@@ -84,10 +88,11 @@ STEPS: dict[str, tuple[str, str]] = {
 
 
 class Confines(NamedTuple):
-    """What a worker may read, and the scratch folder that it may write to."""
+    """What a worker may read, and what it may write to: a scratch folder, and what lasts."""
 
     readable: tuple[str, ...]
     scratch: str
+    lasting: tuple[str, ...] = ()
 
 
 class Confinement(NamedTuple):
@@ -202,7 +207,7 @@ def _leave_files(libc: ctypes.CDLL, confines: Confines) -> None:
     for access, paths in (
         (READ, map(Path, confines.readable)),
         (WRITE_DEVICE, _devices()),
-        (everything & ~1, [Path(confines.scratch)]),
+        (everything & ~1, map(Path, (confines.scratch, *confines.lasting))),
     ):
         _allow(libc, rules, access & everything, paths)
     _checked(_call(libc, RESTRICT_SELF, rules, 0))

@@ -296,10 +296,20 @@ def readable_of(config: SiteConfig) -> tuple[str, ...]:
     return (*readable_by_default(), *map(str, data))
 
 
+def lasting_of(config: SiteConfig) -> tuple[str, ...]:
+    """Return what a worker may write to that outlives it: the cache, made if there is none."""
+    if not config.cache.most_gb:
+        return ()
+    with suppress(OSError):  # the worker goes without, and says so
+        config.cache.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return (str(config.cache.folder),)
+
+
 def exposed(config: SiteConfig) -> list[Path]:
     """Return which of the site's secrets lie within a folder that its worker may read."""
-    readable = [Path(path).resolve() for path in readable_of(config)]
-    secrets = (config.signing_key, config.link.node_key, config.state_dir)
+    read = (*readable_of(config), *lasting_of(config))
+    readable = [Path(path).resolve() for path in read]
+    secrets = (config.signing_key, config.link.node_key, config.state_dir, config.ingest.private)
     return [
         secret
         for secret in secrets
@@ -333,6 +343,7 @@ class _Worker:
         told = {
             "readable": readable_of(config),
             "scratch": str(scratch),
+            "lasting": lasting_of(config),
             "log_level": log.getEffectiveLevel(),
         }
         with suppress(OSError):  # if it has ended already, that is found when it is greeted

@@ -4,19 +4,23 @@ It is given no key and no path but the images', and knows neither ledger nor jou
 process of its own (``worker.py``), or, at a rehearsal, in the one that asks.
 
 Guarantees:
-    A job is judged, prepared and trained the same in whichever process it is done.
+    A job is judged, prepared and trained the same in whichever process it is done, and whether
+    prepared images are kept or not.
+    An image is prepared once: a second round, and a second process, find it prepared.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from client.config import DataSettings, PerformanceSettings
+from client import mapping
+from client.config import CacheSettings, DataSettings, PerformanceSettings
 from shared_models.contracts import (
     Contract,
     Count,
@@ -27,8 +31,12 @@ from shared_models.contracts import (
     Positive,
     SiteName,
 )
+from shared_models.errors import DocumentError
 from shared_models.plan import StudyPlan
 from shared_models.weights import Array, Schema, flatten, subtract, unflatten
+
+if TYPE_CHECKING:
+    from shared_models.cohort import Prepare
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +50,8 @@ class Job(Contract):
     ``prepare``: read the patients and count them; ``measure`` does so for a ``fingerprint``, which
     then tells what was measured. The rest as in an order, with weights beside it.
     ``round_`` and ``noise_multiplier`` are for what is trained or told; ``today`` is for judging,
-    and ``min_cell`` for a fingerprint without noise.
+    and ``min_cell`` for a fingerprint without noise. ``labels`` are what labels here are called in
+    plans; with a ``cache`` prepared images are kept there.
     A worker that takes longer than ``limit_s`` is ended.
     """
 
@@ -58,6 +67,8 @@ class Job(Contract):
     noise_multiplier: NonNegative = 0.0
     min_cell: Count = 0
     limit_s: Positive = 3600.0
+    labels: mapping.Pairs = ()
+    cache: CacheSettings | None = None
 
 
 class Cohort(Contract):
@@ -91,6 +102,7 @@ class Ready(NamedTuple):
     patients: Any
     schema: Schema
     cohort: Cohort
+    labels: mapping.Pairs
 
 
 class Bench:
@@ -116,9 +128,9 @@ class Bench:
             if job.study not in self.measured:
                 self.measured[job.study] = _measured(job)
             return _told(job, self.measured[job.study]), None
-        if job.study not in self.studies:
-            self.studies[job.study] = _read(job)
-        study = self.studies[job.study]
+        study = self.studies.get(job.study)
+        if study is None or study.labels != job.labels:
+            study = self.studies[job.study] = _read(job)
         if job.step == "prepare":
             return Outcome(cohort=study.cohort), None
         if weights is None:
@@ -165,16 +177,18 @@ def _read(job: Job) -> Ready:
     from shared_models.nets.base import weights_of
     from shared_models.weights import schema_of
 
-    task = _task(job)
-    patients = cohort.load(
-        job.data.manifest,
-        root=job.data.root,
-        plan=job.plan,
-        task=task,
-        splits=("train", "test"),
-        plugins=job.plugins,
-        foreground=foreground_of,
-    )
+    task = mapping.applied(_task(job), job.plan, job.labels)
+    with _kept(job) as prepare:
+        patients = cohort.load(
+            job.data.manifest,
+            root=job.data.root,
+            plan=job.plan,
+            task=task,
+            splits=("train", "test"),
+            plugins=job.plugins,
+            prepare=prepare,
+            foreground=foreground_of,
+        )
     train, test = patients["train"], patients["test"]
     net = _net(job, task)
     is_mixed = job.plan.privacy is not None and len(train) > 1
@@ -190,6 +204,7 @@ def _read(job: Job) -> Ready:
             num_test_images=sum(len(patient.images) for patient in test),
             is_mixed=is_mixed,
         ),
+        job.labels,
     )
 
 
@@ -201,7 +216,7 @@ def _measured(job: Job) -> list[Any]:
         job.data.manifest,
         root=job.data.root,
         plan=job.plan,
-        task=_task(job),
+        task=mapping.applied(_task(job), job.plan, job.labels),
         plugins=job.plugins,
     )
 
@@ -217,6 +232,26 @@ def _told(job: Job, patients: list[Any]) -> Outcome:
         return Outcome(cohort=cohort)
     found = told(patients, job.plan, noise_multiplier=job.noise_multiplier, min_cell=job.min_cell)
     return Outcome(cohort=cohort, fingerprint=found)
+
+
+@contextmanager
+def _kept(job: Job) -> Iterator[Prepare | None]:
+    """Yield what prepares images and keeps them, None if it cannot: that costs time only."""
+    from client import cache as caches
+    from shared_models.cohort import steps_of
+
+    settings = job.cache
+    if settings is None or not settings.most_gb:
+        yield None
+        return
+    try:
+        kept = caches.open_cache(settings.folder, most_gb=settings.most_gb)
+    except DocumentError:
+        log.warning("the cache cannot be used; images are prepared anew. See [cache] in site.toml")
+        yield None
+        return
+    yield caches.preparer(kept, steps_of(job.plan), plugins=job.plugins)
+    caches.trim(kept)
 
 
 def _done(job: Job, weights: Array, study: Ready) -> tuple[Outcome, Array | None]:

@@ -41,7 +41,9 @@ def main() -> None:
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         )
         logging.getLogger("absl").setLevel(logging.ERROR)
-        found = json.dumps(confine(Confines(tuple(told["readable"]), told["scratch"]))).encode()
+        lasting = tuple(told.get("lasting", ()))
+        confined = confine(Confines(tuple(told["readable"]), told["scratch"], lasting))
+        found = json.dumps(confined).encode()
         channel.sendall(HEAD.pack(MAGIC, len(found), 0) + found)  # at once: imports take long
         from client import work
 

@@ -345,6 +345,8 @@ JournalKind = Literal[
     "reply",
     "repaired",
     "checkpoint",
+    "ingested",
+    "mapped",
 ]
 
 #: The fields each kind of entry has; it has no others. An epsilon may be left out.
@@ -369,6 +371,8 @@ JOURNAL_FIELDS: dict[JournalKind, tuple[str, ...]] = {
     "reply": ("study", "round_", "order_kind", "attempt", "digest", "size_bytes"),
     "repaired": ("digest", "size_bytes"),
     "checkpoint": ("digest",),
+    "ingested": ("digest",),
+    "mapped": ("who", "digest"),
 }
 
 
@@ -378,10 +382,11 @@ class JournalEntry(Contract):
     ``previous`` is the digest of the signed line before this one, zeros for the first, which states
     the site's public signing ``key``. ``digest`` is that of what the entry is about: the site.toml,
     the certificate, the decision, the order, the ledger's line, the reply, the bytes a crash cut
-    short, the checkpoint. ``epsilon`` is what the study has cost a patient so far. ``who`` decided;
-    ``refused-plan`` says that the site's rules, not its people, kept a plan from being approved. Of
-    what is trusted ``who`` is the peer's name, and ``key`` its key; of what was joined ``key`` is
-    the coordinator's.
+    short, the checkpoint, the counts of a run that took images in, the mapping of labels.
+    ``epsilon`` is what the study has cost a patient so far. ``who`` decided; ``refused-plan`` says
+    that the site's rules, not its people, kept a plan from being approved. Of what is trusted
+    ``who`` is the peer's name, and ``key`` its key; of what was joined ``key`` is the
+    coordinator's.
     """
 
     schema_version: Literal[1] = 1

@@ -93,11 +93,15 @@ class _Stack(NamedTuple):
 
 def scan(files: Iterable[Path]) -> list[Series]:
     """Return the series in ``files``, by their headers alone, in the order of first appearance."""
-    found: dict[tuple[str, ...], list[Slice]] = {}
-    aside: list[Series] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they quote header values
-        inspected = [(file, inspect(file)) for file in files]
+        return gather((file, inspect(file)) for file in files)
+
+
+def gather(inspected: Iterable[tuple[Path, list[Slice] | Reason]]) -> list[Series]:
+    """Return the series in files that were inspected, in the order of first appearance."""
+    found: dict[tuple[str, ...], list[Slice]] = {}
+    aside: list[Series] = []
     for file, slices in inspected:
         if isinstance(slices, str):
             aside.append(Series((file,), aside=slices))

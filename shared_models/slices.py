@@ -183,9 +183,17 @@ def inspect(file: Path) -> list[Slice] | Reason:
     """
     try:
         with file.open("rb") as stream:
-            header = _Header(stream)
-            kind = _kind(header)
-            return kind or _slices(file, header)
+            return inspect_stream(stream, file)
+    except OSError:
+        return "not-dicom"
+
+
+def inspect_stream(stream: BinaryIO, file: Path) -> list[Slice] | Reason:
+    """Return the same of a file's bytes; ``file`` is what the slices call it."""
+    try:
+        header = _Header(stream)
+        kind = _kind(header)
+        return kind or _slices(file, header)
     except Fault as fault:
         return fault.reason
     except Exception:  # whatever a broken header makes a parser raise

@@ -39,7 +39,7 @@ SEAL_BLOCK = 64
 class Key:
     """A site's secret, with one sub-key for each use; shows nothing of itself when printed."""
 
-    __slots__ = ("_days", "_names", "_seal", "_uids")
+    __slots__ = ("_days", "_marks", "_names", "_seal", "_uids")
 
     def __init__(self, secret: bytes) -> None:
         if len(secret) != KEY_BYTES:
@@ -47,6 +47,7 @@ class Key:
         self._names = hmac.digest(secret, b"consilia pseudonyms", "sha256")
         self._days = hmac.digest(secret, b"consilia days", "sha256")
         self._uids = hmac.digest(secret, b"consilia uids", "sha256")
+        self._marks = hmac.digest(secret, b"consilia marks", "sha256")
         self._seal = hmac.digest(secret, b"consilia register", "sha512")
 
     def __repr__(self) -> str:
@@ -70,6 +71,10 @@ class Key:
         """Return the UID that replaces ``uid``: 2.25 and 128 bits (PS3.5 B.2)."""
         bits = hmac.digest(self._uids, uid.encode(), "sha256")[:16]
         return f"2.25.{int.from_bytes(bits, 'big')}"
+
+    def mark(self, value: str) -> str:
+        """Return what tells ``value`` from others and nothing else about it: 96 bits, as digits."""
+        return hmac.digest(self._marks, value.encode(errors="surrogateescape"), "sha256").hex()[:24]
 
     def seal(self, patient: str) -> str:
         """Return the pseudonym and, after a space, what only this key can turn back."""

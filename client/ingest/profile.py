@@ -15,11 +15,14 @@ import tomllib
 from enum import StrEnum
 from functools import cache
 from importlib import resources
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict
 from pydicom import uid as uids
 from pydicom.datadict import dictionary_has_tag, get_entry, tag_for_keyword
+
+from client.ingest.terms import Clearance, Terms
+
+__all__ = ["Clearance", "Terms"]
 
 EDITION = "PS3.15 2026c"
 #: Dates and times that no option retains: they are the patient's, not the examination's.
@@ -27,39 +30,6 @@ PERSONAL_TIMES = frozenset({"PatientBirthDate", "PatientBirthTime", "GPSTimeStam
 TEXTS = frozenset(["AE", "CS", "LO", "LT", "PN", "SH", "ST", "UC", "UT"])
 #: How many bytes one value takes; a VR that is not here is never kept as numbers.
 SIZES = {"AT": 4, "FD": 8, "FL": 4, "SL": 4, "SS": 2, "SV": 8, "UL": 4, "US": 2, "UV": 8}
-
-
-class Clearance(BaseModel):
-    """Images whose pixels the site has looked at: all that is given must match, exactly."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    modality: str
-    manufacturer: str
-    model: str
-    rows: int
-    columns: int
-
-
-class Terms(BaseModel):
-    """What a site decided about de-identification: the Basic Profile, and options of E.3.
-
-    Attributes:
-        dates: "remove" (Basic Profile), or "shift" by a number of days that is the patient's own
-            and the same in all their files (E.3.6, modified dates).
-        keep_times: Keep the time of day; with shifted dates only. PET needs it for decay.
-        retain_device: Keep serial numbers, station names and software versions (E.3.8).
-        retain_patient: Keep sex, age (90 for all above 89), size, weight (E.3.7).
-        cleared: Images that may pass although their pixels look as if they held text.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-    dates: Literal["remove", "shift"] = "shift"
-    keep_times: bool = False
-    retain_device: bool = False
-    retain_patient: bool = False
-    cleared: tuple[Clearance, ...] = ()
 
 
 class Act(StrEnum):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 from pydicom.dataset import Dataset
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from shared_models.errors import DataError, DocumentError
 from shared_models.files import replace
@@ -26,10 +27,14 @@ NO_IMAGES = {"DICOMDIR", "Thumbs.db", ".DS_Store", "desktop.ini"}
 
 
 class Arrival(NamedTuple):
-    """One file: ``read`` gives its content, ``done`` says that it was kept or refused for good."""
+    """One file: ``read`` gives its content, ``done`` says that it was kept or refused for good.
+
+    ``file`` is where it lies, if it lies on a disk of the hospital's.
+    """
 
     read: Callable[[], Dataset]
     done: Callable[[], None] = lambda: None
+    file: Path | None = None
 
 
 def folder(root: Path, *, quiet_s: float = 0.0) -> Iterator[Arrival]:
@@ -42,9 +47,9 @@ def folder(root: Path, *, quiet_s: float = 0.0) -> Iterator[Arrival]:
     """
     if not root.is_dir():
         raise DocumentError(f"expected a folder at {root}; there is none")
-    for file in _files(root):
-        if quiet_s <= 0 or time.time() - file.stat().st_mtime >= quiet_s:
-            yield Arrival(lambda file=file: read_file(file))  # type: ignore[misc]
+    for file in files_in(root):
+        if quiet_s <= 0 or _is_quiet(file, quiet_s):
+            yield Arrival(lambda file=file: read_file(file), file=file)  # type: ignore[misc]
 
 
 def inbox(root: Path) -> Iterator[Arrival]:
@@ -55,7 +60,7 @@ def inbox(root: Path) -> Iterator[Arrival]:
         def done(file: Path = file) -> None:
             file.unlink(missing_ok=True)
 
-        yield Arrival(lambda file=file: read_file(file), done)  # type: ignore[misc]
+        yield Arrival(lambda file=file: read_file(file), done, file)  # type: ignore[misc]
 
 
 def put(root: Path, content: bytes) -> None:
@@ -90,6 +95,11 @@ def _headless(file: Path) -> Dataset:
     try:
         found: Any = pydicom.dcmread(file, force=True)
         is_object = str(found.get("SOPClassUID", "")).startswith("1.2.840.10008.5.1.4.")
+        if "TransferSyntaxUID" not in found.file_meta:
+            is_implicit, _ = found.original_encoding
+            found.file_meta.TransferSyntaxUID = (
+                ImplicitVRLittleEndian if is_implicit else ExplicitVRLittleEndian
+            )
     except Exception:
         is_object = False
     if not is_object:
@@ -97,10 +107,18 @@ def _headless(file: Path) -> Dataset:
     return found  # type: ignore[no-any-return]
 
 
-def _files(root: Path) -> Iterator[Path]:
+def files_in(root: Path) -> Iterator[Path]:
+    """Yield the files under ``root`` that may be images, in the order of their names."""
     for where, folders, names in os.walk(root):
         folders.sort()
         for name in sorted(names):
             file = Path(where, name)
             if name not in NO_IMAGES and not file.is_symlink():
                 yield file
+
+
+def _is_quiet(file: Path, quiet_s: float) -> bool:
+    try:
+        return time.time() - file.stat().st_mtime >= quiet_s
+    except OSError:  # it went away
+        return False

@@ -250,11 +250,17 @@ def _seen(row: Row, case: Case) -> Seen:
 
 
 def _task(case: Case, plan: StudyPlan) -> Any:
+    from client import mapping
     from shared_models import tasks
     from shared_models.registry import find
+    from shared_models.signing import load_key
 
     make = find("tasks", plan.task.name, builtin=tasks.BUILTIN, plugins=case.config.policy.plugins)
-    return make(**plan.task.params)
+    task = make(**plan.task.params)
+    if not case.config.data.mapping.exists():
+        return task
+    key = load_key(case.config.signing_key)
+    return mapping.applied(task, plan, mapping.read(case.config, key=key))
 
 
 def _classes(plan: StudyPlan) -> list[str]:

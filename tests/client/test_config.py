@@ -69,11 +69,11 @@ def test_every_path_is_made_absolute(site_text: str, tmp_path: Path) -> None:
     site = config.read(tmp_path / "site.toml")
     found = [
         value
-        for part in (site, site.link, site.data, site.policy, site.performance)
+        for part in (site, site.link, site.data, site.policy, site.ingest, site.cache)
         for value in dict(part).values()
         if isinstance(value, Path)
     ]
-    assert len(found) == 7
+    assert len(found) == 10
     assert all(path.is_absolute() for path in found)
 
 
@@ -85,16 +85,19 @@ def test_performance_may_be_left_out(data: dict[str, Any], tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("where", "sentence"),
     [
-        ((), "state_dirs: unknown key; known here: coordinator, data, limits, link, name, perfo"),
+        ((), "state_dirs: unknown key; known here: cache, coordinator, data, ingest, limits, link"),
         (
             ("link",),
             "link.state_dirs: unknown key; known here: address, certificate, control, node_",
         ),
-        (("data",), "data.state_dirs: unknown key; known here: classes, manifest, root"),
+        (("data",), "data.state_dirs: unknown key; known here: classes, manifest, mapping,"),
         (("policy",), "policy.state_dirs: unknown key; known here: allow_fingerprint, allow_wi"),
         (("performance",), "performance.state_dirs: unknown key; known here: autocast, device"),
+        (("ingest",), "ingest.state_dirs: unknown key; known here: folder, labels, modalities"),
+        (("ingest", "terms"), "ingest.terms.state_dirs: unknown key; known here: cleared, dates"),
+        (("pacs", "station"), "pacs.station.state_dirs: unknown key; known here: bind, port, res"),
     ],
-    ids=["top", "link", "data", "policy", "performance"],
+    ids=["top", "link", "data", "policy", "performance", "ingest", "terms", "station"],
 )
 def test_unknown_keys_list_the_known_ones(
     where: tuple[str, ...], sentence: str, data: dict[str, Any], tmp_path: Path

@@ -106,7 +106,8 @@ def test_any_printable_text_comes_back_from_toml_as_it_was(text: str) -> None:
             setup.config_text(**TEXTS | {"manifest": text})
         return
     data = tomllib.loads(setup.config_text(**TEXTS | {"manifest": text}))
-    assert data["data"] == {"manifest": text, "root": ".", "classes": []}
+    told = {"manifest": text, "root": ".", "classes": [], "mapping": "labels.json"}
+    assert data["data"] == told
     assert set(data) == set(tomllib.loads(setup.config_text(**TEXTS)))
 
 
@@ -130,7 +131,7 @@ def test_by_default_nothing_leaves_without_privacy() -> None:
 def test_every_setting_of_a_site_stands_in_its_commented_file() -> None:
     data = tomllib.loads(setup.config_text(**TEXTS, control="fl.example.org:443"))
     assert set(data) == set(config.SiteConfig.model_fields)
-    for table in ("link", "data", "policy", "performance"):
+    for table in ("link", "data", "policy", "performance", "ingest", "cache"):
         model = config.SiteConfig.model_fields[table].annotation
         assert isinstance(model, type)
         assert set(data[table]) == set(model.model_fields)  # type: ignore[attr-defined]

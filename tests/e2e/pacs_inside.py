@@ -9,21 +9,24 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pydicom
 import pytest
 import requests
+import tomli_w
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from pynetdicom import AE
 from pynetdicom.association import Association
 
-from client.ingest import dimse, sources, web
+from client.ingest import catalogue, dimse, sources, web
 from client.ingest.pacs import DimsePacs, Query, Series, Station, WebPacs
 from client.predict import predict
+from client.setup import config_text
 from server.link import free_port
 from server.release import release
 from shared_models import nets, phantoms
@@ -31,7 +34,7 @@ from shared_models.contracts import ValidationReport
 from shared_models.errors import ConsiliaError, MachineError
 from shared_models.nets.base import weights_of
 from shared_models.plan import SignedPlan, StudyPlan
-from shared_models.signing import digest, public_key, sign
+from shared_models.signing import create_key, digest, public_key, sign
 from shared_models.weights import digest as weights_digest
 from shared_models.weights import flatten
 
@@ -308,6 +311,69 @@ def forget(pacs: Pacs, uid: str) -> None:
         session.auth = ("agent", PASSWORD)
         for found in session.post(f"{root}/tools/lookup", data=uid, timeout=20).json():
             session.delete(root + found["Path"], timeout=20).raise_for_status()
+
+
+# --- by the command, into the store
+
+
+def test_the_command_takes_a_pacs_in_once(pacs: Pacs, tmp_path: Path) -> None:
+    """Over DICOMweb everything comes; over DIMSE, and again, there is nothing left to ask for."""
+    create_key(write_site(pacs, tmp_path) / "keys" / "signing.pem")
+    first = ingested(tmp_path, "--web")
+    assert (first["files"], first["new"]) == (len(pacs.files), len(series_of(pacs)))
+    assert first["refused"] == {}
+    before = stored(tmp_path)
+    assert len(before) == len(pacs.files)
+    for way in ("--pacs", "--web"):
+        again = ingested(tmp_path, way)
+        assert (again["files"], again["new"], again["changed"]) == (0, 0, 0)
+    assert stored(tmp_path) == before
+    with catalogue.opened(tmp_path / "ingest" / "private" / "catalogue.sqlite") as connection:
+        one = catalogue.listed(connection)[0].volume
+        connection.execute("UPDATE series SET state = 'refused', reason = 'incomplete'")
+        uids = connection.execute("SELECT uid FROM instances WHERE series = ?", (one.series,))
+        gone = uids.fetchall()[0]
+        connection.execute("DELETE FROM instances WHERE uid = ?", gone)
+    again = ingested(tmp_path, "--pacs")  # what is not here whole is asked for
+    assert again["files"] == len(pacs.files)
+    assert (again["accepted"], again["refused"]) == (len(series_of(pacs)), {})
+    assert stored(tmp_path) == before
+    assert list((tmp_path / "ingest" / "private" / "inbox").iterdir()) == []
+
+
+def write_site(pacs: Pacs, folder: Path) -> Path:
+    """Write a site that knows the PACS."""
+    (folder / "keys").mkdir()
+    text = config_text(
+        name="north",
+        coordinator="3b6a27bcceb6a42d62a3a8d02a6f0d73653215771de243a63ac048a18b59da29",
+        address="fl.example.org:443",
+        root_certificates="ca.pem",
+        manifest="ingest/store/manifest.csv",
+        root="ingest/store",
+    )
+    table = tomllib.loads(text)
+    table["pacs"] = {
+        "web": pacs.web.model_dump(mode="json", exclude_none=True),
+        "dimse": pacs.dimse.model_dump(mode="json"),
+        "station": pacs.station.model_dump(mode="json"),
+    }
+    (folder / "site.toml").write_text(tomli_w.dumps(table))
+    return folder
+
+
+def ingested(folder: Path, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "client.cli", "ingest", *arguments, "--json", "report.json"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return found
+
+
+def stored(folder: Path) -> dict[str, bytes]:
+    root = folder / "ingest" / "store"
+    return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*.dcm")}
 
 
 # --- being sent
