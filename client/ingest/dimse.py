@@ -23,6 +23,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,8 @@ from client.ingest.sources import put
 from shared_models.errors import ConsiliaError, MachineError
 
 MOST_PDU_BYTES = 131_072
+#: How long pynetdicom sleeps between looks at its socket; its own millisecond is most of a pull.
+LOOK_S = 1e-4
 TIMEOUT_S = 60.0
 HELD_S = 5.0  # a thread that has not come by then has ended
 SUCCESS, OUT_OF_RESOURCES, CANNOT_UNDERSTAND = 0x0000, 0xA700, 0xC000
@@ -351,7 +354,8 @@ def _why_not(association: Any, pacs: DimsePacs, station: Station) -> str:
 
 
 def _hurry(event: Any) -> None:
-    """Send small messages at once."""
+    """Send small messages at once, and look for the next ones soon."""
+    event.assoc.dul._run_loop_delay = LOOK_S
     connection = event.assoc.dul.socket
     if connection is not None and connection.socket is not None:
         connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -368,6 +372,7 @@ def _entity(title: str) -> Any:
     return entity
 
 
+@cache
 def _storage_contexts() -> list[Any]:
     from pynetdicom import ALL_TRANSFER_SYNTAXES, AllStoragePresentationContexts, build_context
 
