@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 BUILTIN = {
     "densenet": "shared_models.nets.densenet:make",
+    "dncnn": "shared_models.nets.dncnn:make",
     "unet": "shared_models.nets.unet:make",
+    "unrolled": "shared_models.nets.unrolled:make",
 }
 
 

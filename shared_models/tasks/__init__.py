@@ -7,6 +7,9 @@ from shared_models.tasks.base import Box, Free, Task, as_it_is, objection_to_los
 
 BUILTIN = {
     "classification": "shared_models.tasks.classification:make",
+    "denoising": "shared_models.tasks.denoising:make",
+    "enhancement": "shared_models.tasks.enhancement:make",
+    "reconstruction": "shared_models.tasks.reconstruction:make",
     "segmentation": "shared_models.tasks.segmentation:make",
 }
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.hospitals import DataSet
-from server.recipes import MOST_DELTA, check_task, delta_for, kind_of, plan_for
+from server.recipes import MOST_DELTA, check_task, delta_for, kind_of, labels_of, plan_for
 from shared_models.allowlists import objections
 from shared_models.errors import ConsiliaError
 from shared_models.plan import StudyPlan, parse, planned_events, render
@@ -21,6 +21,10 @@ IMAGES = {"picture": "film.PNG", "series": "series/p1", "volume": "brain.nii.gz"
 RECIPES = [
     ("classification", "picture"),
     ("classification", "series"),
+    ("denoising", "picture"),
+    ("denoising", "volume"),
+    ("enhancement", "picture"),
+    ("reconstruction", "volume"),
     ("segmentation", "series"),
     ("segmentation", "volume"),
 ]
@@ -39,8 +43,9 @@ def data_set(kind: str = "picture", *, patients: int = 30) -> DataSet:
 def made(
     task: str, kind: str, *, target: float | None = None, rounds: int | None = None
 ) -> StudyPlan:
+    data = data_set(kind)
     return plan_for(
-        data_set(kind),
+        data._replace(classes=()) if labels_of(task) == "none" else data,
         name="demo",
         task=task,
         coordinator=KEY,
@@ -125,8 +130,8 @@ def test_images_without_a_recipe_are_told_with_those_there_are() -> None:
 def test_a_task_no_recipe_is_for_is_told_with_those_there_are() -> None:
     check_task("classification")
     check_task("segmentation")
-    with pytest.raises(ConsiliaError, match=r"'detection'; known: classification, segmentation$"):
-        check_task("detection")
+    with pytest.raises(ConsiliaError, match=r"'divination'; known: ([a-z-]+, )+segmentation$"):
+        check_task("divination")
 
 
 @pytest.mark.parametrize(

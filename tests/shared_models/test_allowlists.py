@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from shared_models import tasks
 from shared_models.allowlists import STRATEGIES, STRATEGY_PARAMS, objections, objections_to_file
 from shared_models.errors import DocumentError
 from shared_models.plan import StudyPlan, render
@@ -32,8 +33,8 @@ def test_a_good_plan_meets_no_objection(new_plan: NewPlan) -> None:
             "net.name: no nets called 'resnet'; known: ",
         ),
         (
-            {"task": {"name": "detection"}},
-            "task.name: no tasks called 'detection'; known: classification, segmentation",
+            {"task": {"name": "divination"}},
+            f"task.name: no tasks called 'divination'; known: {', '.join(sorted(tasks.BUILTIN))}",
         ),
         (
             {"strategy": {"name": "medain"}},
@@ -159,7 +160,7 @@ def test_a_pull_belongs_to_fedprox(new_plan: NewPlan) -> None:
 def test_all_objections_are_told_at_once(new_plan: NewPlan) -> None:
     plan = new_plan(
         net={"name": "resnet"},
-        task={"name": "detection"},
+        task={"name": "divination"},
         imaging=[{"name": "blur"}, {"name": "window"}],
         strategy={"name": "median"},
         expires=date(2000, 1, 1),
