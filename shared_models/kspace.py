@@ -26,7 +26,8 @@ def channels_of(values: Tensor) -> Tensor:
 def measured(image: Tensor) -> Tensor:
     """Return the k-space of a complex image; noise keeps its deviation."""
     shifted = torch.fft.ifftshift(complex_of(image), dim=_PLANE)
-    return torch.fft.fftshift(torch.fft.fft2(shifted, norm="ortho"), dim=_PLANE)
+    found: Tensor = torch.fft.fftshift(torch.fft.fft2(shifted, norm="ortho"), dim=_PLANE)
+    return found
 
 
 def imaged(kspace: Tensor) -> Tensor:

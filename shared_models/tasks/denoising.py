@@ -122,7 +122,7 @@ def _gaussian(unit: Unit, level: float, generator: np.random.Generator) -> Unit:
 
 def _rician(unit: Unit, level: float, generator: np.random.Generator) -> Unit:
     real, imaginary = level * generator.standard_normal((2, *unit.shape))
-    return np.hypot(unit + real, imaginary)
+    return np.asarray(np.hypot(unit + real, imaginary))
 
 
 def _poisson(unit: Unit, level: float, generator: np.random.Generator) -> Unit:

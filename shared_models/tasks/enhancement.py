@@ -159,6 +159,6 @@ BASELINES = MappingProxyType(
         "stretched": each(_through),
         "gamma": each(_evened),
         "equalized": each(lambda image: _through(image, equalize())),
-        "CLAHE": each(lambda image: _through(image, clahe())),
+        "clahe": each(lambda image: _through(image, clahe())),
     }
 )

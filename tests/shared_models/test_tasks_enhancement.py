@@ -83,7 +83,7 @@ def test_gamma_brings_the_mean_of_a_dark_film_to_the_middle() -> None:
 def test_clahe_is_the_imaging_step() -> None:
     image = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (1, 24, 40))).float()
     expected, _ = clahe()(Volume(percentiles_of(image).numpy(), np.eye(4)))
-    assert make().baselines["CLAHE"](image[None])[0].numpy() == pytest.approx(expected.data)
+    assert make().baselines["clahe"](image[None])[0].numpy() == pytest.approx(expected.data)
 
 
 def percentiles_of(image: torch.Tensor) -> torch.Tensor:

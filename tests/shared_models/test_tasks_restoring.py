@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 from scipy import ndimage
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from shared_models import nets
 from shared_models.cohort import Patient
+from shared_models.contracts import BaselineName
 from shared_models.errors import DataError
 from shared_models.evaluation import evaluate, evaluate_baselines
 from shared_models.randomness import seeded
@@ -154,6 +156,11 @@ def test_baselines_and_pictures_are_of_the_targets_shape(
     pixels, caption = task.picture(inputs[0], targets[0], targets[1])
     assert pixels.shape == (16, 3 * 20 + 4, 3)
     assert " dB" in caption
+
+
+@each_task
+def test_baselines_have_names_that_a_report_can_hold(task: Task) -> None:
+    TypeAdapter(dict[BaselineName, object]).validate_python(dict(task.baselines))
 
 
 @each_task
