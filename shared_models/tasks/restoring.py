@@ -79,18 +79,19 @@ def log_error(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def likeness(outputs: Tensor, targets: Tensor) -> Scores:
-    """Return (batch, 2): peak signal-to-noise ratio in dB, and structural similarity."""
+    """Return (batch, 2): peak signal-to-noise ratio in dB, and structural similarity.
+
+    That of a volume is the mean over its slices, as they are looked at.
+    """
     from monai.metrics import PSNRMetric
     from monai.metrics.regression import compute_ssim_and_cs
 
     outputs, targets = outputs.float(), targets.float()
-    dims = outputs.ndim - 2
-    size = [min(WINDOW, n - 1 + n % 2) for n in outputs.shape[2:]]  # odd, as a window must be
-    similarity, _ = compute_ssim_and_cs(
-        outputs, targets, dims, size, [WINDOW_SIGMA] * dims, data_range=RANGE
-    )
+    planes = [each.flatten(0, -3)[:, None] for each in (outputs, targets)]
+    size = [min(WINDOW, n - 1 + n % 2) for n in outputs.shape[-2:]]  # odd, as a window must be
+    similarity, _ = compute_ssim_and_cs(*planes, 2, size, [WINDOW_SIGMA] * 2, data_range=RANGE)
     ratio = PSNRMetric(max_val=RANGE)._compute_metric(outputs, targets).flatten()
-    columns = [ratio.clamp(max=MOST_PSNR), similarity.flatten(1).mean(dim=1)]
+    columns = [ratio.clamp(max=MOST_PSNR), similarity.reshape(len(outputs), -1).mean(dim=1)]
     return np.asarray(torch.stack(columns, dim=1).double().cpu().numpy())
 
 
