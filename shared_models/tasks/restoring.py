@@ -87,9 +87,9 @@ def likeness(outputs: Tensor, targets: Tensor) -> Scores:
     from monai.metrics.regression import compute_ssim_and_cs
 
     outputs, targets = outputs.float(), targets.float()
-    planes = [each.flatten(0, -3)[:, None] for each in (outputs, targets)]
+    made, whole = (image.flatten(0, -3)[:, None] for image in (outputs, targets))
     size = [min(WINDOW, n - 1 + n % 2) for n in outputs.shape[-2:]]  # odd, as a window must be
-    similarity, _ = compute_ssim_and_cs(*planes, 2, size, [WINDOW_SIGMA] * 2, data_range=RANGE)
+    similarity, _ = compute_ssim_and_cs(made, whole, 2, size, [WINDOW_SIGMA] * 2, data_range=RANGE)
     ratio = PSNRMetric(max_val=RANGE)._compute_metric(outputs, targets).flatten()
     columns = [ratio.clamp(max=MOST_PSNR), similarity.reshape(len(outputs), -1).mean(dim=1)]
     return np.asarray(torch.stack(columns, dim=1).double().cpu().numpy())
