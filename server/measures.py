@@ -86,6 +86,26 @@ MEASURES: dict[str, Measure] = {
         "How far the model's outline strays from the expert's, but for the worst 5 % of points;"
         " less is better.",
     ),
+    "psnr": Measure(
+        "Peak signal-to-noise ratio",
+        "dB",
+        "higher",
+        "How little the image differs from the true one, voxel by voxel: 3 dB more is half the"
+        " squared error.",
+    ),
+    "ssim": Measure(
+        "Structural similarity",
+        "",
+        "higher",
+        "How alike the image and the true one look in brightness, contrast and structure: 1 is"
+        " the same.",
+    ),
+    "cnr": Measure(
+        "Contrast-to-noise ratio",
+        "",
+        "higher",
+        "How far apart bright and dark parts are, compared with how uneven each is in itself.",
+    ),
 }
 
 

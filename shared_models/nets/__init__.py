@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 BUILTIN = {
     "centres": "shared_models.nets.centres:make",
     "densenet": "shared_models.nets.densenet:make",
+    "dncnn": "shared_models.nets.dncnn:make",
     "gan": "shared_models.nets.gan:make",
     "recurrent": "shared_models.nets.recurrent:make",
     "unet": "shared_models.nets.unet:make",
+    "unrolled": "shared_models.nets.unrolled:make",
     "walker": "shared_models.nets.walker:make",
 }
 

@@ -8,8 +8,11 @@ from shared_models.tasks.base import Box, Free, Task, as_it_is, objection_to_los
 BUILTIN = {
     "classification": "shared_models.tasks.classification:make",
     "clustering": "shared_models.tasks.clustering:make",
+    "denoising": "shared_models.tasks.denoising:make",
+    "enhancement": "shared_models.tasks.enhancement:make",
     "generation": "shared_models.tasks.generation:make",
     "localization": "shared_models.tasks.localization:make",
+    "reconstruction": "shared_models.tasks.reconstruction:make",
     "segmentation": "shared_models.tasks.segmentation:make",
     "series-classification": "shared_models.tasks.series:make",
 }

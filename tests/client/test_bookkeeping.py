@@ -375,6 +375,29 @@ def test_the_sum_equals_that_of_opacus(name: str) -> None:
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
 
 
+RESTORING: dict[str, tuple[str, dict[str, Any], int, tuple[int, ...]]] = {
+    "dncnn 2-D": ("dncnn", {"channels": 4, "depth": 3}, 1, (1, 9, 8)),
+    "dncnn 3-D": ("dncnn", {"spatial_dims": 3, "channels": 4, "depth": 3}, 1, (1, 5, 6, 7)),
+    "unrolled 2-D": ("unrolled", {"channels": 4, "depth": 2, "cascades": 2}, 2, (3, 8, 7)),
+    "unrolled 3-D": ("unrolled", {"spatial_dims": 3, "channels": 4, "depth": 2}, 2, (3, 3, 6, 5)),
+}
+
+
+@pytest.mark.parametrize("images", ["unlike", "far apart"])
+@pytest.mark.parametrize("name", RESTORING)
+def test_the_sum_of_a_net_that_gives_an_image_back_equals_the_loop_in_one_pass(
+    name: str, images: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    family, params, outputs, shape = RESTORING[name]
+    net = nets.make(family, params, seed=1, num_outputs=outputs).train()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainable(net):  # the last layers begin at zero
+            parameter += 0.1 * torch.randn_like(parameter)
+    assert_equals_the_loop(net, batch_of(COUNTS[images], shape=shape), exact=1e-5)
+    assert not caplog.records
+
+
 GROUP = ("group", {"num_groups": 2})
 
 

@@ -160,7 +160,7 @@ def test_a_pull_belongs_to_fedprox(new_plan: NewPlan) -> None:
 def test_all_objections_are_told_at_once(new_plan: NewPlan) -> None:
     plan = new_plan(
         net={"name": "resnet"},
-        task={"name": "detection"},
+        task={"name": "divination"},
         imaging=[{"name": "blur"}, {"name": "window"}],
         strategy={"name": "median"},
         expires=date(2000, 1, 1),

@@ -17,7 +17,7 @@ from shared_models.nets.base import load_weights, made_private_ready, weights_of
 from shared_models.registry import find
 from shared_models.weights import flatten
 
-#: name, parameters, input shape, output shape for three outputs.
+#: name, parameters, input shape, output shape for three outputs, or what a family always gives.
 SMALL: list[tuple[str, dict[str, Any], tuple[int, ...], tuple[int, ...]]] = [
     ("densenet", {}, (2, 1, 32, 32), (2, 3)),
     ("densenet", {"spatial_dims": 3, "block_config": [1, 1]}, (2, 1, 16, 16, 16), (2, 3)),
@@ -31,6 +31,10 @@ SMALL: list[tuple[str, dict[str, Any], tuple[int, ...], tuple[int, ...]]] = [
     ("unet", {}, (2, 1, 16, 20), (2, 3, 16, 20)),
     ("unet", {"spatial_dims": 3}, (2, 1, 8, 12, 16), (2, 3, 8, 12, 16)),
     ("unet", {"norm": "instance", "num_res_units": 2}, (2, 1, 16, 16), (2, 3, 16, 16)),
+    ("dncnn", {"channels": 4}, (2, 1, 9, 12), (2, 3, 9, 12)),
+    ("dncnn", {"spatial_dims": 3, "in_channels": 4}, (2, 4, 5, 9, 8), (2, 3, 5, 9, 8)),
+    ("unrolled", {"cascades": 2, "depth": 2}, (2, 3, 12, 9), (2, 2, 12, 9)),
+    ("unrolled", {"spatial_dims": 3, "channels": 4}, (2, 3, 3, 8, 9), (2, 2, 3, 8, 9)),
 ]
 #: What images do not reach: a task trains it by a loss that sees no patient, or beforehand.
 APART = {"centres": ("encoder.", "decoder."), "gan": ("generator.",)}
@@ -40,7 +44,7 @@ small = pytest.mark.parametrize(
 
 
 def make(name: str, params: dict[str, Any], *, seed: int = 1) -> nn.Module:
-    return nets.make(name, params, seed=seed, num_outputs=3)
+    return nets.make(name, params, seed=seed, num_outputs=2 if name == "unrolled" else 3)
 
 
 def test_every_net_is_tried_here() -> None:
