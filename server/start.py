@@ -25,7 +25,7 @@ from shared_models.nets.base import load_weights, weights_of
 from shared_models.plan import StudyPlan
 from shared_models.registry import find
 from shared_models.tasks import Task
-from shared_models.weights import Array, digest, flatten, load, save
+from shared_models.weights import Array, Weights, digest, load, packed, save
 
 FILE = "start.safetensors"
 
@@ -61,7 +61,7 @@ def warmed(
     weights = trained(plan, task, patients, terms=terms)
     run_dir.mkdir(parents=True, exist_ok=True)
     save(run_dir / FILE, weights)
-    return plan.model_copy(update={"start": digest(flatten(weights))}), len(patients)
+    return plan.model_copy(update={"start": digest(packed(weights))}), len(patients)
 
 
 def trained(
@@ -94,7 +94,7 @@ def trained(
     return weights_of(net)
 
 
-def initial_weights(plan: StudyPlan, task: Task, run_dir: Path) -> dict[str, Array]:
+def initial_weights(plan: StudyPlan, task: Task, run_dir: Path) -> Weights:
     """Return the weights the study begins with.
 
     Raises:
@@ -108,6 +108,6 @@ def initial_weights(plan: StudyPlan, task: Task, run_dir: Path) -> dict[str, Arr
         raise DocumentError(
             f"the plan begins with weights that {run_dir / FILE} should hold; put them there"
         ) from error
-    if digest(flatten(weights)) != plan.start:
+    if digest(packed(weights)) != plan.start:
         raise DocumentError(f"{run_dir / FILE} is not the start that the plan states by its digest")
     return weights

@@ -13,14 +13,13 @@ from server.store import RunSettings
 from shared_models import cohort, nets, tasks
 from shared_models.cohort import Patient
 from shared_models.contracts import Evaluation, Picture, ValidationReport
-from shared_models.evaluation import evaluate
-from shared_models.nets.base import load_weights
+from shared_models.evaluation import evaluate, summarize
 from shared_models.plan import StudyPlan
 from shared_models.registry import find
 from shared_models.signing import digest
 from shared_models.tasks import Task
 from shared_models.tasks.base import Pixels
-from shared_models.weights import Weights, flatten
+from shared_models.weights import Weights, packed
 from shared_models.weights import digest as weights_digest
 
 NUM_PICTURES = 6
@@ -29,39 +28,46 @@ PICTURE_WIDTH = 160
 
 
 class Validator(NamedTuple):
-    """The study's net and task, and the coordinator's patients."""
+    """The study's plan and task, and the coordinator's patients."""
 
     plan: StudyPlan
     task: Task
-    net: torch.nn.Module
     patients: Sequence[Patient]
+
+    def net(self, weights: Weights) -> torch.nn.Module:
+        """Return the plan's net with ``weights``."""
+        net = self.plan.net
+        return nets.filled(net.name, net.params, weights, num_outputs=self.task.num_outputs)
 
 
 def open_validator(plan: StudyPlan, settings: RunSettings) -> Validator:
-    """Read the coordinator's held-out images and make the plan's net.
+    """Read the coordinator's held-out images.
 
     Raises:
         DataError: if the images cannot be used, with every objection at once.
     """
     torch.set_num_threads(settings.threads)
     task = find("tasks", plan.task.name, builtin=tasks.BUILTIN)(**plan.task.params)
-    net = nets.make(plan.net.name, plan.net.params, seed=plan.seed, num_outputs=task.num_outputs)
     if settings.validation_manifest is None:
-        return Validator(plan, task, net, ())
+        return Validator(plan, task, ())
     patients = cohort.load(
         settings.validation_manifest,
         root=settings.validation_root or settings.validation_manifest.parent,
         plan=plan,
         task=task,
     )
-    return Validator(plan, task, net, [p for split in patients.values() for p in split])
+    return Validator(plan, task, [p for split in patients.values() for p in split])
 
 
 def validate(validator: Validator, weights: Weights, *, with_intervals: bool = False) -> Evaluation:
     """Return the metrics of ``weights`` on the coordinator's patients."""
-    load_weights(validator.net, weights)
+    if not validator.patients:
+        return summarize((), task=validator.task, with_intervals=with_intervals)
     return evaluate(
-        validator.net, validator.patients, task=validator.task, with_intervals=with_intervals
+        validator.net(weights),
+        validator.patients,
+        task=validator.task,
+        with_intervals=with_intervals,
     )
 
 
@@ -70,25 +76,26 @@ def final_report(validator: Validator, weights: Weights) -> ValidationReport:
     found = validate(validator, weights, with_intervals=True)
     return ValidationReport(
         study=digest(validator.plan),
-        weights_digest=weights_digest(flatten(weights)),
+        weights_digest=weights_digest(packed(weights)),
         metrics=found.metrics,
         intervals=found.intervals,
         num_patients=found.num_patients,
         num_images=found.num_images,
-        pictures=tuple(_pictures(validator)),
+        pictures=tuple(_pictures(validator, weights)),
     )
 
 
 @torch.no_grad()
-def _pictures(validator: Validator) -> list[Picture]:
+def _pictures(validator: Validator, weights: Weights) -> list[Picture]:
     """Draw patients spread evenly over the set: not chosen by how well they went."""
     patients = validator.patients
+    if not patients:
+        return []
     step = max(1, len(patients) // NUM_PICTURES)
-    pictures = []
-    validator.net.eval()
+    pictures, net = [], validator.net(weights).eval()
     for patient in patients[::step][:NUM_PICTURES]:
         index = len(patient.images) // 2
-        output = validator.net(patient.images[index : index + 1])[0]
+        output = net(patient.images[index : index + 1])[0]
         pixels, caption = validator.task.picture(
             patient.images[index], patient.targets[index], output
         )

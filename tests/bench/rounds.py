@@ -55,6 +55,7 @@ from server import link, store
 from server.consortium import TlsFiles, certificates
 from shared_models import nets
 from shared_models import plan as plans
+from shared_models.envelope import BUNDLE_FILES
 from shared_models.plan import StudyPlan
 from shared_models.signing import create_key, load_key, public_key, sign
 
@@ -295,7 +296,7 @@ def stock(size: int, num_rounds: int, folder: Path) -> Measured:
             nodes.append(stack.enter_context(started(command, folder / f"{site}.log", mark, home)))
         values = {"schema": str(folder / "schema.json"), "out": str(out), "rounds": num_rounds}
         app = shutil.copytree(STOCK, folder / "app")
-        (app / "LICENSE").write_text(link.LICENSE)
+        (app / "LICENSE").write_text(BUNDLE_FILES["LICENSE"])
         run_id = superlink.submit(app, values)
         until = time.monotonic() + LIMIT_S
         while not superlink.status(run_id).is_finished and time.monotonic() < until:

@@ -15,11 +15,13 @@ INTERVAL_S = 0.1
 SCAN_EVERY = 10
 TICKS = os.sysconf("SC_CLK_TCK")
 PARTS = {
+    "server.fleet": "SuperLink",
     "flower-superlink": "SuperLink",
     "flwr-serverapp": "ServerApp",
     "flower-supernode": "SuperNode",
     "flwr-clientapp": "ClientApp",
     "client.cli": "site agent",
+    "client.worker": "training",
     "flower-superexec": "SuperExec",
 }
 
