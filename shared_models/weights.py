@@ -25,6 +25,7 @@ import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
+from operator import index
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from weakref import finalize
@@ -350,8 +351,8 @@ def _places(head: bytes, begin: int, end: int) -> dict[str, Place]:
     told = {name: said for name, said in json.loads(head).items() if name != "__metadata__"}
     found, at = dict[str, Place](), begin
     for name, said in sorted(told.items(), key=lambda item: item[1]["data_offsets"]):
-        place = Place(at, NUMBERS[said["dtype"]], tuple(map(int, said["shape"])))
-        stated = [begin + int(offset) for offset in said["data_offsets"]]
+        place = Place(at, NUMBERS[said["dtype"]], tuple(map(index, said["shape"])))
+        stated = [begin + index(offset) for offset in said["data_offsets"]]
         if min(place.shape, default=0) < 0 or stated != [at, at + place.size]:
             raise ValueError("expected arrays that fill the file")
         found[name], at = place, at + place.size
