@@ -65,6 +65,7 @@ from client.app import Answer, Refuse, make_app, refusal_reply
 from shared_models.envelope import BUNDLE_DIGEST, Parcel, pause_s
 from shared_models.errors import DocumentError
 from shared_models.signing import write_secret
+from shared_models.weights import return_what_is_freed
 
 HEARTBEAT_S = 10  # the SuperLink counts a site as gone after twice this
 MAX_DELAY_S = 5.0
@@ -141,6 +142,7 @@ def run(
     Raises:
         DocumentError: if the key or the certificates cannot be read.
     """
+    return_what_is_freed()
     with _connected(link) as (client, public_key):
         seat = _Seat(
             client, public_key, stop=stop, bundle=link.bundle, cancel=cancel, folder=folder

@@ -53,6 +53,7 @@ from flwr.superlink.grid.http_grid import HttpGrid
 from server.rounds import Ask, Circle
 from shared_models.envelope import Parcel, letter_from, pause_s, record_from
 from shared_models.errors import DocumentError, MachineError
+from shared_models.weights import return_what_is_freed
 from shared_models.wire import Letter
 
 CONNECT_S = 120.0
@@ -89,6 +90,7 @@ def main(grid: Grid, context: Context) -> None:
 
     if not isinstance(grid, HttpGrid):
         raise MachineError(f"expected Flower's HTTP grid, got {type(grid).__name__}")
+    return_what_is_freed()
     http_grid, run_dir = grid, Path(str(context.run_config["run-dir"]))
 
     def reach(circle: Circle) -> Ask:

@@ -16,6 +16,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
@@ -24,6 +25,7 @@ import struct
 import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate, pairwise
 from operator import index
 from pathlib import Path
@@ -38,6 +40,8 @@ from shared_models.files import replace
 HEAD = struct.Struct("<Q")  # how long a safetensors file's head is
 MOST_HEAD_BYTES = 100 * 10**6  # by the format
 STRETCH_BYTES = 8 * 2**20
+LARGE_BYTES = 2**20
+MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 #: The numbers a file of weights may hold, by safetensors' names for them; and the other way round.
 NUMBERS = {
     **{f"F{8 * size}": f"<f{size}" for size in (8, 4, 2)},
@@ -265,6 +269,16 @@ def stowed(arrays: Mapping[str, NDArray[Any]], *, folder: Path | None = None) ->
         for piece in flat.stretches():
             spool.append(piece)
     return Stored(spool.flat, places)
+
+
+def return_what_is_freed() -> None:
+    """Have glibc give the system back every large block as soon as this process frees it.
+
+    Left alone it raises its limit to the largest block it ever freed, up to 32 MiB, and keeps
+    blocks below that in one heap for each thread: one to two models more, measured at 100 MB.
+    """
+    with suppress(AttributeError, OSError):  # another system's C library
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def subtract(left: Weights, right: Weights) -> dict[str, Array]:

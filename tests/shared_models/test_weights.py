@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -307,3 +309,31 @@ def test_a_file_that_is_too_short_is_refused(start: bytes, tmp_path: Path) -> No
     (tmp_path / "a").write_bytes(start)
     with pytest.raises(ValueError, match="is not a safetensors file"):
         load(tmp_path / "a")
+
+
+def test_large_blocks_that_are_freed_go_back_to_the_system() -> None:
+    """In a process of its own: how memory is given back is a setting of the whole process."""
+    program = """
+import threading
+from shared_models.weights import return_what_is_freed
+
+def held():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+
+def work():
+    bytes(20 * 2**20)  # freed: from here on glibc would keep what is smaller
+    kept = [(b"x" * (8 * 2**20), b"y" * 2**16) for _ in range(8)]
+    small = [part[1] for part in kept]
+    before = held()
+    del kept
+    print(before - held())
+
+return_what_is_freed()
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) > 60
