@@ -62,7 +62,9 @@ class Watch:
     def _read(self, pid: int) -> float:
         """Note what one process held at most, and return what it holds, in MB."""
         folder = Path("/proc") / str(pid)
-        if pid not in self.peaks and self.mark not in (folder / "environ").read_bytes():
+        fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        is_known = pid in self.peaks or int(fields[1]) in self.peaks  # a worker forgets its mark
+        if not is_known and self.mark not in (folder / "environ").read_bytes():
             self.strangers.add(pid)
             return 0.0
         words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
@@ -72,7 +74,6 @@ class Watch:
             return 0.0
         peak, now = (int(number) * 1024 / 1e6 for number in found.groups())
         self.peaks[pid] = part, max(self.peaks.get(pid, (part, 0.0))[1], peak)
-        fields = (folder / "stat").read_text().rpartition(")")[2].split()
         self.spent[pid] = (int(fields[11]) + int(fields[12])) / TICKS
         return now
 
