@@ -14,7 +14,8 @@ directory, checkpoints and signatures, and three ``consilia-site start`` with th
 outboxes and gates, which evaluate the model and train it for one step on small pictures.
 Stock is Flower's own FedAvg with SuperLink, SuperNodes and settings as they come, and an app that
 adds a constant to each array (``tests/bench/stock``): it trains nothing, evaluates nothing and
-imports no torch, all in its favour.
+imports no torch, all in its favour. Its SuperNodes come in by the SuperLink's loopback port: the
+one that hospitals are shown gives nobody an app.
 
 A round's overhead is its wall time (ours: from one line in rounds.jsonl to the next) minus the
 seconds the slowest site says it trained; the first round is left out. CPU seconds are those of all
@@ -328,7 +329,7 @@ def stock(size: int, num_rounds: int, folder: Path, limits: Limits) -> Measured:
         for site in SITES:
             superlink.register(create_node_key(folder / site), site)
             command = [str(Path(sys.executable).with_name("flower-supernode"))]
-            command += ["--superlink", superlink.address, "--port", str(link.free_port())]
+            command += ["--superlink", superlink.control, "--port", str(link.free_port())]
             command += ["--root-certificates", str(tls.authority)]
             command += ["--auth-supernode-private-key", str(folder / site)]
             home = {"FLWR_HOME": str(folder / f"home-{site}")}
