@@ -56,18 +56,17 @@ from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
-    iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client.app import Answer, Refuse, make_app, refusal_reply
-from shared_models.envelope import BUNDLE_DIGEST, pause_s
+from shared_models.envelope import BUNDLE_DIGEST, Parcel, pause_s
 from shared_models.errors import DocumentError
 from shared_models.signing import write_secret
+from shared_models.weights import return_what_is_freed
 
 HEARTBEAT_S = 10  # the SuperLink counts a site as gone after twice this
 MAX_DELAY_S = 5.0
@@ -128,6 +127,7 @@ def run(
     stop: threading.Event,
     refuse: Refuse | None = None,
     cancel: Callable[[], None] = lambda: None,
+    folder: Path | None = None,
 ) -> None:
     """Answer the coordinator's orders until ``stop`` is set.
 
@@ -140,12 +140,16 @@ def run(
         stop: ends the agent.
         refuse: gives the refusal of what is not to be read; without it, that is an error reply.
         cancel: is called, more than once, when nobody waits any more for what ``answer`` does.
+        folder: for the weights of an order while it is answered, in a file without a name.
 
     Raises:
         DocumentError: if the key or the certificates cannot be read.
     """
+    return_what_is_freed()
     with _connected(link) as (client, public_key):
-        seat = _Seat(client, public_key, stop=stop, bundle=link.bundle, cancel=cancel)
+        seat = _Seat(
+            client, public_key, stop=stop, bundle=link.bundle, cancel=cancel, folder=folder
+        )
         ended = threading.Event()
         heart = threading.Thread(target=seat.beat, args=(ended,), daemon=True, name="heartbeat")
         breaker = threading.Thread(target=seat.break_off, args=(ended,), daemon=True, name="stop")
@@ -211,8 +215,10 @@ class _Seat:
         stop: threading.Event,
         bundle: str = BUNDLE_DIGEST,
         cancel: Callable[[], None] = lambda: None,
+        folder: Path | None = None,
     ) -> None:
         self.client = client
+        self.folder = folder
         self.public_key = public_key
         self.stop = stop
         self.bundle = bundle
@@ -349,7 +355,8 @@ def _reply(
     if not is_known:
         return refusal_reply(order, refuse, why="the bundle of its run is not the known one")
     try:
-        content = seat.insist(_download(seat.client, order, tree=tree), until=until)
+        fetch = _download(seat.client, order, tree=tree, folder=seat.folder)
+        content = seat.insist(fetch, until=until)
         if content is None:
             return None
         order.content = content
@@ -388,16 +395,15 @@ def _receive(client: FleetHttpClient) -> Callable[[Node], list[tuple[Message, Ob
 
 
 def _download(
-    client: FleetHttpClient, order: Message, *, tree: ObjectTree
+    client: FleetHttpClient, order: Message, *, tree: ObjectTree, folder: Path | None = None
 ) -> Callable[[Node], RecordDict]:
     """Return a call that fetches an order's content, keeping what an earlier try fetched."""
     run_id = order.metadata.run_id
-    wanted = list(dict.fromkeys(part.object_id for part in iterate_object_tree(tree)))
-    contents: dict[str, bytes] = {}
+    parcel = Parcel(tree, most_bytes=MAX_ORDER_BYTES, folder=folder)
 
     def call(node: Node) -> RecordDict:
-        for object_id in wanted:
-            if object_id in contents:
+        for object_id in parcel.wanted:
+            if object_id in parcel:
                 continue
             response = client.PullObject(
                 PullObjectRequest(node=node, run_id=run_id, object_id=object_id)
@@ -406,27 +412,15 @@ def _download(
                 raise DocumentError("a part of the order is missing")
             if not response.object_available:
                 raise _IncompleteError
-            contents[object_id] = response.object_content
-            if sum(map(len, contents.values())) > MAX_ORDER_BYTES:
-                raise DocumentError(f"expected an order of at most {MAX_ORDER_BYTES} bytes")
+            parcel.add(object_id, response.object_content)
         client.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(
                 node=node, run_id=run_id, message_object_id=tree.object_id
             )
         )
-        return _inflate(tree.object_id, contents)
+        return parcel.message().content
 
     return call
-
-
-def _inflate(object_id: str, contents: dict[str, bytes]) -> RecordDict:
-    try:
-        message = inflate_object_from_contents(object_id, contents)
-    except ValueError as error:  # to the caller a ValueError is worth another try; this is not
-        raise DocumentError("the order cannot be read") from error
-    if not isinstance(message, Message):
-        raise DocumentError("expected an order that is a message")
-    return message.content
 
 
 def _upload(client: FleetHttpClient, reply: Message, *, seconds: float) -> Callable[[Node], bool]:

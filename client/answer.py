@@ -52,8 +52,8 @@ from shared_models.plan import SignedPlan, StudyPlan, event_of
 from shared_models.privacy import events_of, share_of, statement
 from shared_models.signing import digest as digest_of
 from shared_models.signing import load_key, public_key
-from shared_models.weights import Array, Schema, digest, is_finite, size_of, unflatten
-from shared_models.wire import Letter, seal, unseal
+from shared_models.weights import Flat, Schema, digest, is_finite, size_of, unflatten
+from shared_models.wire import Letter, opened, seal
 
 log = logging.getLogger(__name__)
 
@@ -266,9 +266,9 @@ def _judged(letter: Letter, site: Site) -> Letter:
         return seal(refusal(order, "failed"), key=site.key)
 
 
-def _opened(letter: Letter, site: Site) -> tuple[RoundOrder, Array]:
+def _opened(letter: Letter, site: Site) -> tuple[RoundOrder, Flat]:
     try:
-        order, vector = unseal(letter, key=site.config.coordinator)
+        order, vector = opened(letter, key=site.config.coordinator)
     except ConsiliaError as error:
         raise Refused("bad-signature", str(error)) from error
     if not isinstance(order, RoundOrder) or vector is None:
@@ -282,7 +282,7 @@ def _opened(letter: Letter, site: Site) -> tuple[RoundOrder, Array]:
     return order, vector
 
 
-def _admitted(order: RoundOrder, vector: Array, site: Site) -> Study:
+def _admitted(order: RoundOrder, vector: Flat, site: Site) -> Study:
     """Return the study the order belongs to, or refuse."""
     now = datetime.now(UTC)
     if order.expires_at < now:
@@ -309,7 +309,7 @@ def _admitted(order: RoundOrder, vector: Array, site: Site) -> Study:
     if order.study not in site.studies:
         site.studies[order.study] = _ruled(plan, order, site)
     study = site.studies[order.study]
-    if vector.shape != (0 if order.kind == "fingerprint" else size_of(study.schema),):
+    if vector.size != (0 if order.kind == "fingerprint" else 4 * size_of(study.schema)):
         raise Refused("bad-order", "the weights do not fit the plan's net")
     return study
 
@@ -369,7 +369,7 @@ def _said_before(order: RoundOrder, plan: StudyPlan, site: Site) -> Letter | Non
     return found
 
 
-def _said_now(order: RoundOrder, vector: Array, study: Study, site: Site) -> Letter:
+def _said_now(order: RoundOrder, vector: Flat, study: Study, site: Site) -> Letter:
     """Do what the order asks, and keep and commit what of it may leave."""
     config = site.config
     if is_quiet(config.policy, datetime.now(UTC)):
@@ -388,7 +388,7 @@ def _said_now(order: RoundOrder, vector: Array, study: Study, site: Site) -> Let
     return letter
 
 
-def _obey(order: RoundOrder, vector: Array, study: Study, site: Site) -> Result:
+def _obey(order: RoundOrder, vector: Flat, study: Study, site: Site) -> Result:
     """Have done what the order asks: evaluate, train, or train alone."""
     plan = study.plan
     _refuse_another_fingerprint(order, plan, site)

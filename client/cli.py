@@ -231,7 +231,14 @@ def start(config: ConfigFile = Path("site.toml")) -> None:
         journal.append(book, journal.Event("started"))
         try:
             with visits.in_background(site, key, stop=stop):
-                agent.run(link, desk.answer, stop=stop, refuse=desk.refuse, cancel=desk.cancel)
+                agent.run(
+                    link,
+                    desk.answer,
+                    stop=stop,
+                    refuse=desk.refuse,
+                    cancel=desk.cancel,
+                    folder=site.state_dir,
+                )
         finally:
             journal.append(book, journal.Event("stopped"))
 

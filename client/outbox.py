@@ -15,6 +15,7 @@ the update by its digest. Whether a private reply was charged is for the ledger 
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -25,9 +26,11 @@ from shared_models.contracts import Contract, Digest, RoundOrder, SiteReply
 from shared_models.errors import ConsiliaError
 from shared_models.files import replace
 from shared_models.signing import canonical, digest
-from shared_models.wire import BUCKET_BYTES, Letter, unseal
+from shared_models.weights import flat_in
+from shared_models.wire import Buckets, Letter, flat_from, opened
 
 FOLDER = "outbox"
+BYTES = "|u1"  # whatever numbers they are
 
 
 class Kept(Contract):
@@ -56,23 +59,28 @@ def keep(state_dir: Path, order: RoundOrder, *, letter: Letter, policy: PolicySe
         signature=letter.signature,
     )
     head = kept.model_dump_json().encode() + b"\n"
-    replace(file, b"".join((head, *letter.buckets)), mode=0o600)
+    update = flat_from(letter.buckets, numbers=BYTES)
+    replace(file, chain([head], update.stretches()), mode=0o600)
 
 
 def find(state_dir: Path, order: RoundOrder, *, policy: PolicySettings, key: str) -> Letter | None:
-    """Return the reply ``order`` was given before, if it is whole and signed by ``key``."""
+    """Return the reply ``order`` was given before, if it is whole and signed by ``key``.
+
+    Its update stays in the file, and can be read even when a newer reply has taken its place.
+    """
     try:
         with _file(state_dir, order).open("rb") as stream:
             kept = Kept.model_validate_json(stream.readline())
             if kept.question != _question(order, policy):
                 return None
-            body = stream.read()
-        buckets = tuple(body[i : i + BUCKET_BYTES] for i in range(0, len(body), BUCKET_BYTES))
+            whole = flat_in(stream)
+            body = whole.part(stream.tell(), whole.size)
+        buckets = Buckets(body) if body.size else ()
         letter = Letter("reply", kept.document, kept.key, kept.signature, buckets)
-        reply, vector = unseal(letter, key=key)
+        reply, vector = opened(letter, key=key)
+        update = None if vector is None else weights_of.digest(vector)
     except (OSError, ValidationError, ConsiliaError):
         return None
-    update = None if vector is None else weights_of.digest(vector)
     is_whole = isinstance(reply, SiteReply) and reply.update_digest == update
     return letter if is_whole and canonical(reply).decode() == letter.document else None
 

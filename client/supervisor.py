@@ -33,6 +33,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -46,7 +47,7 @@ from client.worker import HEAD, MAGIC
 from shared_models.contracts import Contract
 from shared_models.errors import DataError, MachineError
 from shared_models.files import replace
-from shared_models.weights import Array
+from shared_models.weights import Array, Flat, flat_of
 
 MOST_DOCUMENT_BYTES = 16 * 2**20
 CHUNK_BYTES = 2**20
@@ -88,15 +89,24 @@ class Answer(Contract):
 
 
 def send(
-    channel: socket.socket, document: bytes, vector: Array | None, *, watch: Watch | None = None
+    channel: socket.socket,
+    document: bytes,
+    vector: Array | Flat | None,
+    *,
+    watch: Watch | None = None,
 ) -> None:
-    """Send a document and, if there is one, a vector; ``watch`` is called while that takes time.
+    """Send a document and, if there is one, a float32 vector, or the bytes of one where they lie.
+
+    ``watch`` is called while that takes time.
 
     Raises:
         OSError: if the other end is gone.
     """
-    raw = b"" if vector is None else np.ascontiguousarray(vector, "<f4").view(np.uint8).data
-    for part in (HEAD.pack(MAGIC, len(document), len(raw)), document, raw):
+    flat = (
+        vector if isinstance(vector, Flat) else flat_of(np.zeros(0) if vector is None else vector)
+    )
+    head = HEAD.pack(MAGIC, len(document), flat.size)
+    for part in chain((head, document), flat.stretches()):
         view = memoryview(part)
         while view:
             try:
@@ -166,7 +176,7 @@ class Supervisor:
         self.scratch = Path(tempfile.mkdtemp(prefix="consilia-worker-"))
         self.worker: _Worker | None = None
 
-    def __call__(self, job: Job, weights: Array | None) -> tuple[Outcome, Array | None]:
+    def __call__(self, job: Job, weights: Flat | None) -> tuple[Outcome, Array | None]:
         """Have ``job`` done.
 
         Raises:
@@ -364,10 +374,10 @@ class _Worker:
             log.info("%s", _printable(self.confinement.sentence()))
         return self.confinement
 
-    def do(self, job: Job, weights: Array | None, *, watch: Watch) -> tuple[Outcome, Array | None]:
+    def do(self, job: Job, weights: Flat | None, *, watch: Watch) -> tuple[Outcome, Array | None]:
         self.has_read |= job.step != "judge"
         send(self.channel, job.model_dump_json().encode(), weights, watch=watch)
-        size = len(weights) if weights is not None and job.step == "train" else 0
+        size = weights.size // 4 if weights is not None and job.step == "train" else 0
         received = receive(self.channel, size=size, watch=watch)
         if received is None:
             raise ConnectionResetError("the worker closed its end")

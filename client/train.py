@@ -147,7 +147,8 @@ def train(
         for round_, step in product(rounds, range(plan.training.steps_per_round)):
             if step == 0:
                 losses = []
-                anchor = [p.detach().clone() for p in free.trained]
+                start = [p.detach() for p in free.trained]
+                anchor = [p.clone() for p in start] if plan.training.proximal_mu else start
                 optimizer.param_groups[0]["lr"] = learning_rate(plan.training, round_)
             batch = draw(patients, terms=plan.training, randomness=randomness, view=view)
             sums = gradient_of(_moved(batch, performance.device))
@@ -305,7 +306,7 @@ def _mean(
 ) -> list[Tensor]:
     """Return the gradient to step along: noisy and over the expected batch, if private."""
     if plan.privacy is None:
-        return [total / max(batch.num_patients, 1) for total in sums]
+        return [total.div_(max(batch.num_patients, 1)) for total in sums]
     noisy = add_noise(
         sums,
         noise_multiplier=noise_multiplier,

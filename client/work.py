@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from datetime import date
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
+import numpy as np
 from pydantic import Field
 
 from client import mapping
@@ -33,7 +34,14 @@ from shared_models.contracts import (
 )
 from shared_models.errors import DocumentError
 from shared_models.plan import StudyPlan
-from shared_models.weights import Array, Schema, flatten, subtract, unflatten
+from shared_models.weights import (
+    Array,
+    Flat,
+    Schema,
+    Stored,
+    Weights,
+    unpacked,
+)
 
 if TYPE_CHECKING:
     from shared_models.cohort import Prepare
@@ -91,8 +99,8 @@ class Outcome(Contract):
     fingerprint: Fingerprint | None = None
 
 
-#: Does a job; weights go in beside it, an update comes out.
-Trainer = Callable[[Job, Array | None], tuple[Outcome, Array | None]]
+#: Does a job; the bytes of weights go in beside it, an update comes out.
+Trainer = Callable[[Job, Flat | None], tuple[Outcome, Array | None]]
 
 
 class Ready(NamedTuple):
@@ -112,7 +120,7 @@ class Bench:
         self.studies: dict[str, Ready] = {}
         self.measured: dict[str, list[Any]] = {}
 
-    def __call__(self, job: Job, weights: Array | None) -> tuple[Outcome, Array | None]:
+    def __call__(self, job: Job, weights: Flat | None) -> tuple[Outcome, Array | None]:
         """Do ``job``.
 
         Raises:
@@ -159,13 +167,12 @@ def warm_up() -> None:
 
 def _judged(job: Job) -> Outcome:
     from shared_models.allowlists import objections
-    from shared_models.nets.base import weights_of
-    from shared_models.weights import schema_of
+    from shared_models.nets.base import schema_of
 
     found = objections(job.plan, today=job.today, plugins=job.plugins)
     if found:
         return Outcome(objections=tuple(found))
-    return Outcome(tensors=schema_of(weights_of(_net(job, _task(job)))))
+    return Outcome(tensors=schema_of(_net(job, _task(job))))
 
 
 def _read(job: Job) -> Ready:
@@ -174,8 +181,7 @@ def _read(job: Job) -> Ready:
     from client.probe import mixes_images
     from client.train import shown
     from shared_models import cohort
-    from shared_models.nets.base import weights_of
-    from shared_models.weights import schema_of
+    from shared_models.nets.base import schema_of
 
     task = mapping.applied(_task(job), job.plan, job.labels)
     with _kept(job) as prepare:
@@ -197,7 +203,7 @@ def _read(job: Job) -> Ready:
     return Ready(
         task,
         patients,
-        schema_of(weights_of(net)),
+        schema_of(net),
         Cohort(
             num_patients=len(train),
             num_test_patients=len(test),
@@ -254,20 +260,18 @@ def _kept(job: Job) -> Iterator[Prepare | None]:
     caches.trim(kept)
 
 
-def _done(job: Job, weights: Array, study: Ready) -> tuple[Outcome, Array | None]:
+def _done(job: Job, weights: Flat, study: Ready) -> tuple[Outcome, Array | None]:
     """Evaluate, train, or train alone, from ``weights``."""
     from shared_models.evaluation import evaluate
-    from shared_models.nets.base import load_weights, weights_of
 
     device = device_of(job.performance)
-    net, given = _net(job, study.task), unflatten(weights, study.schema)
-    load_weights(net, given)
+    given = unpacked(weights, study.schema)
+    net = _net(job, study.task, given)
     test, window = study.patients["test"], job.plan.training.patch
     if job.step == "train":
         evaluation = evaluate(net, test, task=study.task, device=device, window=window)
         loss = _train(net, job, study, [job.round_])
-        update = flatten(subtract(weights_of(net), given))
-        return Outcome(cohort=study.cohort, loss=loss, evaluation=evaluation), update
+        return Outcome(cohort=study.cohort, loss=loss, evaluation=evaluation), _moved(net, given)
     loss = None
     if job.step == "alone":
         loss = _train(net, job, study, range(job.plan.training.num_rounds))
@@ -275,6 +279,19 @@ def _done(job: Job, weights: Array, study: Ready) -> tuple[Outcome, Array | None
         net, test, task=study.task, device=device, with_intervals=True, window=window
     )
     return Outcome(cohort=study.cohort, loss=loss, evaluation=evaluation), None
+
+
+def _moved(net: Any, given: Stored) -> Array:
+    """Return how far each weight of ``net`` is from where it was, as one vector."""
+    from shared_models.nets.base import weight_of
+
+    update = np.empty(given.flat.size // 4, np.float32)
+    state, start = net.state_dict(), 0
+    for name in given:
+        difference = weight_of(state.pop(name)) - given[name]
+        update[start : start + difference.size] = difference.ravel()
+        start += difference.size
+    return update
 
 
 def _train(net: Any, job: Job, study: Ready, rounds: Sequence[int]) -> float | None:
@@ -310,8 +327,11 @@ def _task(job: Job) -> Any:
     return find("tasks", choice.name, builtin=tasks.BUILTIN, plugins=job.plugins)(**choice.params)
 
 
-def _net(job: Job, task: Any) -> Any:
+def _net(job: Job, task: Any, weights: Weights | None = None) -> Any:
+    """Return the plan's net with ``weights``, or as it is drawn."""
     from shared_models import nets
 
-    choice, outputs = job.plan.net, task.num_outputs
-    return nets.make(choice.name, choice.params, seed=0, num_outputs=outputs, plugins=job.plugins)
+    given = {"num_outputs": task.num_outputs, "plugins": job.plugins}
+    if weights is None:
+        return nets.make(job.plan.net.name, job.plan.net.params, seed=0, **given)
+    return nets.filled(job.plan.net.name, job.plan.net.params, weights, **given)

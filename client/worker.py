@@ -56,9 +56,12 @@ def serve(channel: socket.socket, do: Trainer) -> None:
     from client.supervisor import Answer, receive, send
     from client.work import Job
     from shared_models.errors import DataError
+    from shared_models.weights import flat_of, spooled
 
     while (received := receive(channel)) is not None:
-        document, weights = received
+        document, vector = received
+        weights = None if vector is None else spooled(flat_of(vector).stretches())
+        del received, vector  # what is trained takes the memory
         update = None
         try:
             outcome, update = do(Job.model_validate_json(document), weights)
@@ -71,6 +74,7 @@ def serve(channel: socket.socket, do: Trainer) -> None:
             log.debug("it failed at\n%s", "".join(traceback.format_tb(error.__traceback__)))
             answer = Answer(failure="failed")
         send(channel, answer.model_dump_json().encode(), update)
+        del update, weights
 
 
 if __name__ == "__main__":

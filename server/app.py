@@ -4,7 +4,7 @@ Flower starts this app in a process of its own for each run. It hands the run di
 ``server.study`` together with a way to reach the sites, and decides nothing itself.
 
 Guarantees:
-    At most one reply's weights are fetched at a time, and only when asked for.
+    At most one reply's weights are fetched at a time, only when asked for, and not into memory.
     A site that errs, answers no letter or stays away costs the others nothing but the deadline.
     A site that left and came back before the deadline is given its order again.
     A reply that is larger than the order accounts for is not read to its end.
@@ -25,28 +25,36 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from cryptography.hazmat.primitives import serialization
 from flwr.app import ArrayRecord, Context, Message, MessageType
+from flwr.app.message import remove_content_from_message
 from flwr.common.constant import ErrorCode
+from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
-from flwr.proto.runtime_pb2 import PullAppMessagesRequest
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PushAppMessagesRequest
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
-from flwr.supercore.inflatable.inflatable_utils import (
-    ObjectPullError,
-    inflate_object_from_contents,
-    pull_objects,
+from flwr.supercore.inflatable.inflatable_object import (
+    InflatableObject,
+    get_all_nested_objects,
+    get_object_tree,
+    no_object_id_recompute,
 )
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, pull_objects
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from server.rounds import Ask, Circle
-from shared_models.envelope import letter_from, pause_s, record_from
+from shared_models.envelope import Parcel, letter_from, pause_s, record_from
 from shared_models.errors import DocumentError, MachineError
+from shared_models.weights import return_what_is_freed
 from shared_models.wire import Letter
 
 CONNECT_S = 120.0
@@ -57,6 +65,7 @@ PATIENCE_S = 30.0  # how long a site may be off the net before the others go on 
 LATE_S = 30.0  # for an upload that began before the deadline to be finished
 TTL_MARGIN_S = 300.0  # for the replies in time to be fetched one after the other
 SLACK_BYTES = 2**20  # of a reply, for its texts and Flower's own
+PUSHES = 2  # objects on their way to the SuperLink at once
 MOST_SENDS = 5  # of one order to one site: it costs the SuperLink memory each time
 
 log = logging.getLogger(__name__)
@@ -65,10 +74,6 @@ app = ServerApp()
 
 #: Stands for what came and is no letter: the round loop will not believe it, and say so.
 UNREADABLE = Letter("reply", "", "", "")
-
-
-class _TooLargeError(Exception):
-    """A reply over its limit."""
 
 
 class Presence(NamedTuple):
@@ -86,10 +91,17 @@ def main(grid: Grid, context: Context) -> None:
 
     if not isinstance(grid, HttpGrid):
         raise MachineError(f"expected Flower's HTTP grid, got {type(grid).__name__}")
-    http_grid = grid
+    return_what_is_freed()
+    http_grid, run_dir = grid, Path(str(context.run_config["run-dir"]))
 
     def reach(circle: Circle) -> Ask:
-        return connect(http_grid, circle.keys, expected=circle.expected, quorum=circle.quorum)
+        return connect(
+            http_grid,
+            circle.keys,
+            expected=circle.expected,
+            quorum=circle.quorum,
+            folder=run_dir,
+        )
 
     run_dir = Path(str(context.run_config["run-dir"]))
     if store.read_plan(run_dir).plan.fingerprint is not None:
@@ -105,11 +117,13 @@ def connect(
     expected: Collection[str] | None = None,
     quorum: int = 0,
     wait_s: float = CONNECT_S,
+    folder: Path | None = None,
 ) -> Ask:
     """Wait for the sites (name to OpenSSH public key line) and return the way to ask them.
 
     Those ``expected``, or else all, are waited for; after ``wait_s`` it goes on with those that are
-    there, and the others may join in at any time. ``quorum`` is as for ``ask_over``.
+    there, and the others may join in at any time. ``quorum`` and ``folder`` are as for
+    ``ask_over``.
     """
     roll = Roll(grid, keys)
     wanted = set(keys if expected is None else expected)
@@ -118,7 +132,7 @@ def connect(
         time.sleep(POLL_S)
     if missing := sorted(wanted - set(roll.call())):
         log.warning("not connected yet: %s", ", ".join(missing))
-    return ask_over(grid, roll=roll, quorum=quorum)
+    return ask_over(grid, roll=roll, quorum=quorum, folder=folder)
 
 
 class Roll:
@@ -158,8 +172,15 @@ def nodes_by_key(grid: Grid) -> dict[str, Presence]:
     }
 
 
-def ask_over(grid: HttpGrid, *, roll: Roll, quorum: int = 0, patience_s: float = PATIENCE_S) -> Ask:
-    """Return a function that asks sites over Flower's grid.
+def ask_over(
+    grid: HttpGrid,
+    *,
+    roll: Roll,
+    quorum: int = 0,
+    patience_s: float = PATIENCE_S,
+    folder: Path | None = None,
+) -> Ask:
+    """Return a function that asks sites over Flower's grid; large replies are put in ``folder``.
 
     A site that errs or misses the deadline gives None. So does one that has been off the net for
     longer than ``patience_s``, once ``quorum`` sites have answered and only such are waited for.
@@ -169,7 +190,15 @@ def ask_over(grid: HttpGrid, *, roll: Roll, quorum: int = 0, patience_s: float =
         letters: Mapping[str, Letter], deadline_s: float
     ) -> Iterator[tuple[str, Letter | None]]:
         until = time.monotonic() + deadline_s
-        post = _Post(grid, letters, roll=roll, until=until, quorum=quorum, patience_s=patience_s)
+        post = _Post(
+            grid,
+            letters,
+            roll=roll,
+            until=until,
+            quorum=quorum,
+            patience_s=patience_s,
+            folder=folder,
+        )
         return _replies(post, sorted(letters))
 
     return _Way(ask, roll, patience_s)
@@ -212,8 +241,9 @@ class _Post:
         until: float,
         quorum: int,
         patience_s: float,
+        folder: Path | None,
     ) -> None:
-        self.grid, self.letters, self.roll = grid, letters, roll
+        self.grid, self.letters, self.roll, self.folder = grid, letters, roll, folder
         self.until, self.quorum, self.patience_s = until, quorum, patience_s
         self.waiting = set(letters)
         self.sites: dict[str, str] = {}  # by the ids of the messages that went to them
@@ -250,8 +280,8 @@ class _Post:
         """
         message_id, tree = self.announced.pop(site)
         run_id = self.grid.run.run_id
-        contents = self._pulled(site, tree)
-        if contents is None:
+        parcel = self._pulled(site, tree)
+        if parcel is None:
             return None
         self.grid._runtime_client.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(
@@ -259,9 +289,7 @@ class _Post:
             )
         )
         try:
-            reply = inflate_object_from_contents(message_id, contents)
-            if not isinstance(reply, Message):
-                raise DocumentError("expected a message")
+            reply = parcel.message()
             if not reply.has_error():
                 return letter_from(reply.content)
         except Exception as error:  # whatever a site may make of Flower's reader
@@ -271,7 +299,7 @@ class _Post:
         log.debug("it said: %s", reply.error.reason)
         return None
 
-    def _pulled(self, site: str, tree: ObjectTree) -> dict[str, bytes] | None:
+    def _pulled(self, site: str, tree: ObjectTree) -> Parcel | None:
         """Pull a reply's objects, keeping those that are there until the others are too.
 
         A reply larger than twice its order (a masked number is twice a weight) is left as it is,
@@ -280,32 +308,28 @@ class _Post:
         client, run_id = self.grid._runtime_client, self.grid.run.run_id
         pull = make_pull_object_fn_protobuf(client.PullObject, self.grid.node, run_id)
         most = 2 * self.letters[site].size_bytes + SLACK_BYTES
-        kept: dict[str, bytes] = {}
-        sizes = list[int]()
+        parcel = Parcel(tree, most_bytes=most, folder=self.folder)
 
         def pulled(object_id: str) -> bytes:  # by several threads at once
-            if object_id not in kept:
-                content = pull(object_id)
-                sizes.append(len(content))
-                kept[object_id] = content
-            if sum(sizes) > most:
-                raise _TooLargeError
-            return kept[object_id]
+            if object_id not in parcel:
+                parcel.add(object_id, pull(object_id))
+            return b""
 
         while True:
             tried_at = time.monotonic()
             try:
-                return pull_objects(
-                    [part.object_id for part in iterate_object_tree(tree)],
+                pull_objects(
+                    list(parcel.wanted),
                     pulled,
                     max_time=PULL_S,
                     max_tries_per_object=None,
                     initial_backoff=0.05,
                     backoff_cap=0.5,
                 )
-            except _TooLargeError:
-                log.warning("site %s: its reply has more than %d bytes", site, most)
-                return {}
+                return parcel
+            except DocumentError as error:
+                log.warning("site %s: its reply is too large or no message (%s)", site, error)
+                return parcel
             except ObjectPullError:
                 self.roll.call()
                 if self._is_due(site) and not self.is_over:
@@ -373,19 +397,54 @@ def _replies(post: _Post, sites: list[str]) -> Iterator[tuple[str, Letter | None
 
 
 def _pushed(
-    grid: Grid, letters: Mapping[str, Letter], *, nodes: Mapping[str, int], ttl_s: float
+    grid: HttpGrid, letters: Mapping[str, Letter], *, nodes: Mapping[str, int], ttl_s: float
 ) -> dict[str, str]:
-    """Push the letters and return the message id by site; equal buckets are pushed once."""
-    weights: dict[tuple[bytes, ...], ArrayRecord] = {}
+    """Push the letters and return the message id by site; equal buckets are pushed once.
+
+    Flower's own ``push_messages`` would make all objects before it sends the first.
+    """
+    weights: dict[int, ArrayRecord] = {}
     messages = []
     for site, letter in letters.items():
         content = record_from(letter)
         if "weights" in content:
             record = content.array_records["weights"]
-            content["weights"] = weights.setdefault(letter.buckets, record)
+            content["weights"] = weights.setdefault(id(letter.buckets), record)
         messages.append(Message(content, nodes[site], MessageType.TRAIN, ttl=ttl_s))
-    ids = list(grid.push_messages(messages)) if messages else []
+    ids = _announced(grid, messages) if messages else []
     return {site: sent for site, sent in zip(letters, ids, strict=True) if sent}
+
+
+def _announced(grid: HttpGrid, messages: list[Message]) -> list[str]:
+    """Announce the messages to the SuperLink, give it the objects it lacks, and return their ids.
+
+    An id is empty if the SuperLink refused its message.
+    """
+    objects: dict[str, InflatableObject] = {}
+    client, run_id = grid._runtime_client, grid.run.run_id
+    with no_object_id_recompute():
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = message.object_id
+            objects |= get_all_nested_objects(message)
+        trees = [get_object_tree(message) for message in messages]
+    response = client.PushMessages(
+        PushAppMessagesRequest(
+            messages_list=[message_to_proto(remove_content_from_message(m)) for m in messages],
+            message_object_trees=trees,
+        )
+    )
+    push = make_push_object_fn_protobuf(client.PushObject, grid.node, run_id, response.session_id)
+    lacking = set(response.objects_to_push)
+    left = iter([object_id for object_id in objects if object_id in lacking])
+
+    def push_some() -> None:
+        for object_id in left:  # of one list, whose iterator no two threads are given the same from
+            push(object_id, objects[object_id].deflate())
+
+    with ThreadPoolExecutor(PUSHES) as pool:
+        for pushed in [pool.submit(push_some) for _ in range(PUSHES)]:
+            pushed.result()
+    return list(response.message_ids)
 
 
 def _line(pem: bytes) -> str:

@@ -57,9 +57,10 @@ def release(
             are kept beside the folder, so that the auditor can still check the whole.
     """
     plan = signed.plan
-    released = {n: value for n, value in weights.items() if not parts or n.startswith(parts)}
-    withheld = {n: value for n, value in weights.items() if n not in released}
-    if withheld:
+    released = weights
+    if parts:
+        released = {n: value for n, value in weights.items() if n.startswith(parts)}
+        withheld = {n: value for n, value in weights.items() if not n.startswith(parts)}
         weights_of.save(folder.parent / WITHHELD, withheld)
     manifest = ReleaseManifest(
         study=digest(plan),

@@ -3,7 +3,8 @@
 ``ask`` carries letters to sites and yields their answers one at a time: Flower in a consortium
 (``server.link``), plain functions in a simulation (``server.simulate``). Answers are taken in the
 order of the sites' names, so the same answers give the same model bit for bit; each update is added
-up and dropped before the next is fetched, so memory does not grow with the number of sites.
+up and dropped before the next is fetched, so memory does not grow with the number of sites. Weights
+lie in a file while they are not computed with, so that beside a strategy's sums there is no model.
 
 Under secure aggregation the masked updates are added up before anything can be read, and become one
 update of all sites together. If a site is missing, the round is asked again of the others, who are
@@ -19,6 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -35,19 +37,26 @@ from shared_models.contracts import (
     SiteReply,
 )
 from shared_models.errors import ConsiliaError, RunError
-from shared_models.masking import opened
+from shared_models.masking import Masked
+from shared_models.masking import opened as unmasked
 from shared_models.plan import StudyPlan
 from shared_models.signing import digest as digest_of
 from shared_models.weights import (
+    STRETCH_BYTES,
+    Buffer,
+    Flat,
     Weights,
     digest,
-    flatten,
+    flat_of,
     is_finite,
+    packed,
     schema_of,
     size_of,
-    unflatten,
+    spooled,
+    stowed,
+    unpacked,
 )
-from shared_models.wire import Letter, Vector, seal, to_buckets, unseal
+from shared_models.wire import Letter, in_buckets, opened, seal
 from strategies.base import State, Strategy, Update
 
 #: (letters by site, deadline_s) to (site, answer or None), in the order of the sites' names.
@@ -94,10 +103,10 @@ class Circle(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """One site's checked answer: a reply with its update's vector, masked or not, or a refusal."""
+    """One site's checked answer: a reply with its update's numbers, masked or not, or a refusal."""
 
     said: SiteReply | Refusal
-    vector: Vector | None
+    vector: Flat | None
     size_bytes: int
 
 
@@ -164,6 +173,7 @@ def run(
     validate: Validate,
     since: Progress | None = None,
     attempts: Attempts = count_anew,
+    folder: Path | None = None,
 ) -> Iterator[Round]:
     """Yield each training round of ``plan`` in turn, starting from ``weights``.
 
@@ -171,14 +181,17 @@ def run(
 
     A run that was interrupted goes on ``since`` the last round it finished. A site uses a mask only
     once, so ``attempts`` must then remember those before; without masks a round asked again is the
-    same order, and gets the same bytes.
+    same order, and gets the same bytes. Weights lie in files without a name in ``folder``.
 
     Raises:
         RunError: if a round does not reach the plan's quorum; it names each site and its reason.
     """
-    done = since or Progress(0, weights, strategy.init(weights), weights)
-    weights, state, average = done.weights, done.state, done.average
-    for round_ in range(done.num_rounds, plan.training.num_rounds):
+    if since is None:
+        kept = stowed(weights, folder=folder)
+        since = Progress(0, kept, strategy.init(kept), kept)
+    first, weights, state, average = since
+    del since
+    for round_ in range(first, plan.training.num_rounds):
         result = train_round(
             plan,
             weights,
@@ -188,14 +201,17 @@ def run(
             strategy=strategy,
             state=state,
             attempts=attempts,
+            folder=folder,
         )
         weights, state = result.weights, result.state
-        average = averaged(average, weights, decay=plan.rounds.averaging, round_=round_)
-        validation = validate(average)
-        is_new = average is not weights  # the record has the digest of these already
-        digest_ = digest(flatten(average)) if is_new else result.record.weights_digest
+        if plan.rounds.averaging:
+            mean = averaged(average, weights, decay=plan.rounds.averaging, round_=round_)
+            average = stowed(mean, folder=folder)
+            del mean
+        else:
+            average = weights
         record = result.record.model_copy(
-            update={"validation": validation, "weights_digest": digest_}
+            update={"validation": validate(average), "weights_digest": digest(packed(average))}
         )
         yield result._replace(record=record, released=average)
 
@@ -218,12 +234,13 @@ def train_round(
     strategy: Strategy,
     state: State,
     attempts: Attempts = count_anew,
+    folder: Path | None = None,
 ) -> Round:
-    """Ask every site to train once and turn their updates into new weights."""
+    """Ask every site to train once and turn their updates into new weights, put in ``folder``."""
     started = time.monotonic()
     absent = consortium.absent
     tally = Tally(_refused(plan, absent, code="not-approved", kind="train", round_=round_))
-    summed = partial(_summed_updates, attempts=attempts)
+    summed = partial(_summed_updates, attempts=attempts, folder=folder)
     updates = summed if plan.rounds.secure_aggregation else _single_updates
     try:
         new, state = strategy.step(
@@ -235,8 +252,10 @@ def train_round(
         raise RunError(_shortfall(plan, tally.answers, round_)) from error
     if sum(isinstance(a.said, SiteReply) for a in tally.answers) < plan.rounds.quorum:
         raise RunError(_shortfall(plan, tally.answers, round_))
-    record = recorded(tally, kind="train", round_=round_, weights=new, started=started)
-    return Round(record, new, state, new)
+    kept = stowed({n: np.asarray(v, np.float32) for n, v in new.items()}, folder=folder)
+    state = stowed(state, folder=folder)
+    record = recorded(tally, kind="train", round_=round_, weights=kept, started=started)
+    return Round(record, kept, state, kept)
 
 
 def _single_updates(
@@ -256,7 +275,7 @@ def _single_updates(
         tally.add(answer)
         if answer.vector is not None and isinstance(answer.said, SiteReply):
             yield Update(
-                answer.said.site, answer.said.num_patients, unflatten(answer.vector, schema)
+                answer.said.site, answer.said.num_patients, unpacked(answer.vector, schema)
             )
         del answer  # nothing of one site lives on while the next one is fetched
 
@@ -270,6 +289,7 @@ def _summed_updates(
     round_: int,
     consortium: Consortium,
     attempts: Attempts,
+    folder: Path | None = None,
 ) -> Iterator[Update]:
     """Yield the one update of all sites, once all that were asked have answered.
 
@@ -291,15 +311,16 @@ def _summed_updates(
         for answer in answered(ask, orders, plan=plan, weights=weights, consortium=consortium):
             tally.add(answer)
             if answer.vector is not None and isinstance(answer.said, SiteReply):
-                total += answer.vector
+                _add(total, answer.vector)
                 num_patients += answer.said.num_patients
                 present.add(answer.said.site)
             del answer
         if len(present) < plan.rounds.quorum:
             raise ValueError("expected more sites")
         if present == set(orders):
-            mean = (opened(total) / num_patients).astype(np.float32)
-            yield Update("all", num_patients, unflatten(mean, schema_of(weights)))
+            mean = spooled(_mean(total, num_patients), folder=folder)
+            del total
+            yield Update("all", num_patients, unpacked(mean, schema_of(weights)))
             return
         tally.forget_replies()
         left = {site: key for site, key in consortium.sites.items() if site in present}
@@ -314,6 +335,23 @@ def within_reach(consortium: Consortium, ask: Ask, *, quorum: int) -> Consortium
     away = ask.away() if isinstance(ask, KnowsWhoIsAway) else ()
     left = {site: key for site, key in consortium.sites.items() if site not in away}
     return consortium._replace(sites=left) if len(left) >= quorum else consortium
+
+
+def _add(total: Masked, vector: Flat) -> None:
+    """Add a masked vector to ``total``, in place."""
+    start = 0
+    for stretch in vector.stretches():
+        numbers = np.frombuffer(stretch, "<u8")
+        total[start : start + len(numbers)] += numbers
+        start += len(numbers)
+
+
+def _mean(total: Masked, num_patients: int) -> Iterator[Buffer]:
+    """Yield the mean update that masked sums stand for, as float32."""
+    step = STRETCH_BYTES // total.itemsize
+    for start in range(0, len(total), step):
+        mean = unmasked(total[start : start + step]) / num_patients
+        yield from flat_of(mean.astype(np.float32)).stretches()
 
 
 def ask_all(
@@ -348,11 +386,11 @@ def orders_for(
     consortium: Consortium,
     attempt: int = 0,
 ) -> dict[str, Letter]:
-    """Return one signed order for each site; all share one copy of the weights."""
+    """Return one signed order for each site; their weights are those, where they lie."""
     is_summed = kind == "train" and plan.rounds.secure_aggregation
     participants = tuple(consortium.approvals[s] for s in sorted(consortium.sites) if is_summed)
-    vector = flatten(weights)
-    buckets, digest_ = to_buckets(vector), digest(vector)
+    vector = packed(weights)
+    buckets, digest_ = in_buckets(vector), digest(vector)
     now = datetime.now(UTC)
     deadline_s = _deadline_s(plan, kind)
     return {
@@ -408,14 +446,14 @@ def _answer(letter: Letter, *, order: RoundOrder, key: str, weights: Weights) ->
 
 def checked(
     letter: Letter, *, order: RoundOrder, key: str, weights: Weights
-) -> tuple[SiteReply | Refusal, Vector | None]:
+) -> tuple[SiteReply | Refusal, Flat | None]:
     """Open a site's letter and believe nothing in it that cannot be checked.
 
     Raises:
         ConsiliaError: if it is unreadable or not signed by the site.
         ValueError: if it answers another order, or its update is not what it announces.
     """
-    said, vector = unseal(letter, key=key)
+    said, vector = opened(letter, key=key)
     if isinstance(said, Refusal):
         return _refusal(order, said.code), None
     if not isinstance(said, SiteReply):
@@ -444,20 +482,20 @@ def recorded(
         kind=kind,
         replies=tuple(a.said for a in tally.answers if isinstance(a.said, SiteReply)),
         refusals=tuple(a.said for a in tally.answers if isinstance(a.said, Refusal)),
-        weights_digest=digest(flatten(weights)),
+        weights_digest=digest(packed(weights)),
         seconds=round(time.monotonic() - started, 3),
         sent_bytes=tally.sent_bytes,
         received_bytes=tally.received_bytes,
     )
 
 
-def _update(said: SiteReply, vector: Vector | None, order: RoundOrder, weights: Weights) -> Vector:
+def _update(said: SiteReply, vector: Flat | None, order: RoundOrder, weights: Weights) -> Flat:
     if said.is_masked != bool(order.participants):
         raise ValueError("expected a masked update under secure aggregation, and only then")
-    if vector is None or said.update_digest != digest(vector):
-        raise ValueError("expected the update the reply announces")
-    if vector.shape != (size_of(schema_of(weights)),):
+    if vector is None or vector.size != size_of(schema_of(weights)) * (8 if said.is_masked else 4):
         raise ValueError("expected one number for each weight")
+    if said.update_digest != digest(vector):
+        raise ValueError("expected the update the reply announces")
     if not said.is_masked and not is_finite(vector):
         raise ValueError("expected finite numbers")
     if not 1 <= said.num_patients <= MOST_PATIENTS:

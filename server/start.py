@@ -26,7 +26,7 @@ from shared_models.plan import StudyPlan
 from shared_models.randomness import seeded
 from shared_models.registry import find
 from shared_models.tasks import Task
-from shared_models.weights import Array, digest, flatten, load, save
+from shared_models.weights import Array, Weights, digest, load, packed, save
 
 FILE = "start.safetensors"
 
@@ -67,7 +67,7 @@ def warmed(
     weights = trained(plan, task, patients, terms=terms)
     run_dir.mkdir(parents=True, exist_ok=True)
     save(run_dir / FILE, weights)
-    return plan.model_copy(update={"start": digest(flatten(weights))}), len(patients)
+    return plan.model_copy(update={"start": digest(packed(weights))}), len(patients)
 
 
 def trained(
@@ -108,7 +108,7 @@ def _own_loss(task: Task) -> Callable[[torch.nn.Module, torch.Tensor, torch.Tens
     return lambda net, images, targets: task.loss(net(images), targets)
 
 
-def initial_weights(plan: StudyPlan, task: Task, run_dir: Path) -> dict[str, Array]:
+def initial_weights(plan: StudyPlan, task: Task, run_dir: Path) -> Weights:
     """Return the weights the study begins with.
 
     Raises:
@@ -122,6 +122,6 @@ def initial_weights(plan: StudyPlan, task: Task, run_dir: Path) -> dict[str, Arr
         raise DocumentError(
             f"the plan begins with weights that {run_dir / FILE} should hold; put them there"
         ) from error
-    if digest(flatten(weights)) != plan.start:
+    if digest(packed(weights)) != plan.start:
         raise DocumentError(f"{run_dir / FILE} is not the start that the plan states by its digest")
     return weights

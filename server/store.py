@@ -39,7 +39,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from server.rounds import Attempts, Progress
@@ -56,8 +55,8 @@ from shared_models.errors import DocumentError, SignatureError
 from shared_models.files import append_line, is_locked, locked, replace
 from shared_models.plan import SignedPlan
 from shared_models.signing import digest, is_signed_by
+from shared_models.weights import Place, Stored, entries, load, packed, serialized
 from shared_models.weights import digest as weights_digest
-from shared_models.weights import flatten, load
 
 ROUNDS = "rounds.jsonl"
 ATTEMPTS = "attempts.jsonl"
@@ -192,14 +191,12 @@ def commit_round(run_dir: Path, record: RoundRecord, progress: Progress) -> None
 
 def keep_checkpoint(run_dir: Path, progress: Progress) -> None:
     """Put ``progress`` on disk; it counts once its round has a line."""
-    from safetensors.numpy import save
-
-    arrays: dict[str, NDArray[Any]] = {"round": np.array([progress.num_rounds], np.int64)}
+    written = entries({"round": np.array([progress.num_rounds], np.int64)})
     for part, named in _parts(progress).items():
-        arrays |= {f"{part}/{name}": np.asarray(named[name], order="C") for name in sorted(named)}
+        written += entries(named, prefix=f"{part}/")
     file = _checkpoint(run_dir, progress.num_rounds)
     file.parent.mkdir(exist_ok=True)
-    replace(file, save(arrays))
+    replace(file, serialized(written))
 
 
 def drop_checkpoints(run_dir: Path, *, but: int | None = None) -> None:
@@ -233,7 +230,7 @@ def read_progress(run_dir: Path, records: Sequence[RoundRecord]) -> Progress | N
     except (OSError, ValueError, KeyError) as error:
         raise DocumentError(f"cannot read {file}; {RESTORE.format(what='it')}") from error
     expected = (len(trained), trained[-1].weights_digest)
-    if (found.num_rounds, weights_digest(flatten(found.average))) != expected:
+    if (found.num_rounds, weights_digest(packed(found.average))) != expected:
         raise DocumentError(
             f"{file} does not hold the weights that {ROUNDS} records of round {len(trained) - 1}; "
             + RESTORE.format(what="both")
@@ -262,13 +259,14 @@ def _parts(progress: Progress) -> dict[str, Any]:
     return {"weights": progress.weights, "state": progress.state, "average": progress.average}
 
 
-def _progress(arrays: dict[str, Any]) -> Progress:
-    parts: dict[str, dict[str, Any]] = {"weights": {}, "state": {}, "average": {}}
-    (num_rounds,) = arrays.pop("round")
-    for key, value in arrays.items():
+def _progress(arrays: Stored) -> Progress:
+    """Return what a checkpoint holds; its arrays stay in its file."""
+    parts: dict[str, dict[str, Place]] = {"weights": {}, "state": {}, "average": {}}
+    (num_rounds,) = arrays["round"]
+    for key in arrays.keys() - {"round"}:
         part, _, name = key.partition("/")
-        parts[part][name] = value
-    return Progress(int(num_rounds), **parts)
+        parts[part][name] = arrays.places[key]
+    return Progress(int(num_rounds), **{p: Stored(arrays.flat, parts[p]) for p in parts})
 
 
 def read_lines(

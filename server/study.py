@@ -42,7 +42,7 @@ from shared_models.errors import ConsiliaError, DocumentError, RunError
 from shared_models.plan import SignedPlan, StudyPlan, render
 from shared_models.registry import find
 from shared_models.signing import digest, load_key
-from shared_models.weights import Weights
+from shared_models.weights import Weights, stowed
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def _rounds(
     validator: Validator,
 ) -> Weights:
     """Run the rounds that are left, then the final evaluation and, if planned, training alone."""
-    first = initial_weights(plan, validator.task, run_dir)
+    first = stowed(initial_weights(plan, validator.task, run_dir), folder=run_dir)
     done = store.read_rounds(run_dir)
     weights = _trained(run_dir, plan, first, ask, done=done, standing=standing, validator=validator)
     tail: list[tuple[OrderKind, Weights]] = [("evaluate", weights)]
@@ -199,6 +199,7 @@ def _trained(
         validate=lambda new: validate(validator, new),
         since=since,
         attempts=store.attempts(run_dir),
+        folder=run_dir,
     ):
         weights = round_.released
         store.commit_round(run_dir, round_.record, round_.progress)

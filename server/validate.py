@@ -16,15 +16,14 @@ from server.store import RunSettings
 from shared_models import cohort, nets, tasks
 from shared_models.cohort import Patient
 from shared_models.contracts import Evaluation, Picture, ValidationReport
-from shared_models.evaluation import evaluate, evaluate_baselines, seen, slide
+from shared_models.evaluation import evaluate, evaluate_baselines, seen, slide, summarize
 from shared_models.imaging import Pair
-from shared_models.nets.base import load_weights
 from shared_models.plan import StudyPlan
 from shared_models.registry import find
 from shared_models.signing import digest
 from shared_models.tasks import Task
 from shared_models.tasks.base import Pixels
-from shared_models.weights import Weights, flatten
+from shared_models.weights import Weights, packed
 from shared_models.weights import digest as weights_digest
 
 NUM_PICTURES = 6
@@ -35,26 +34,29 @@ MODALITY = re.compile(r"[A-Z0-9_]{1,16}")
 
 
 class Validator(NamedTuple):
-    """The study's net and task, the coordinator's patients and their images' modalities."""
+    """The study's plan and task, the coordinator's patients and their images' modalities."""
 
     plan: StudyPlan
     task: Task
-    net: torch.nn.Module
     patients: Sequence[Patient]
     modalities: tuple[str, ...] = ()
 
+    def net(self, weights: Weights) -> torch.nn.Module:
+        """Return the plan's net with ``weights``."""
+        net = self.plan.net
+        return nets.filled(net.name, net.params, weights, num_outputs=self.task.num_outputs)
+
 
 def open_validator(plan: StudyPlan, settings: RunSettings) -> Validator:
-    """Read the coordinator's held-out images and make the plan's net.
+    """Read the coordinator's held-out images.
 
     Raises:
         DataError: if the images cannot be used, with every objection at once.
     """
     torch.set_num_threads(settings.threads)
     task = find("tasks", plan.task.name, builtin=tasks.BUILTIN)(**plan.task.params)
-    net = nets.make(plan.net.name, plan.net.params, seed=plan.seed, num_outputs=task.num_outputs)
     if settings.validation_manifest is None:
-        return Validator(plan, task, net, ())
+        return Validator(plan, task, ())
     prepare, modalities = cohort.preparer(cohort.steps_of(plan)), set[str]()
 
     def noting(image: Path, label: Path | None) -> Pair:
@@ -71,14 +73,15 @@ def open_validator(plan: StudyPlan, settings: RunSettings) -> Validator:
         prepare=noting,
     )
     everybody = [p for split in patients.values() for p in split]
-    return Validator(plan, task, net, everybody, tuple(sorted(modalities)))
+    return Validator(plan, task, everybody, tuple(sorted(modalities)))
 
 
 def validate(validator: Validator, weights: Weights, *, with_intervals: bool = False) -> Evaluation:
     """Return the metrics of ``weights`` on the coordinator's patients."""
-    load_weights(validator.net, weights)
+    if not validator.patients:
+        return summarize((), task=validator.task, with_intervals=with_intervals)
     return evaluate(
-        validator.net,
+        validator.net(weights),
         validator.patients,
         task=validator.task,
         with_intervals=with_intervals,
@@ -91,35 +94,36 @@ def final_report(validator: Validator, weights: Weights, *, first: Weights) -> V
 
     Beside them stands what the untrained weights, ``first``, and the task's own baselines reach.
     """
-    baselines = {
-        "untrained": validate(validator, first, with_intervals=True),
-        **evaluate_baselines(validator.patients, task=validator.task),
-    }
+    baselines = {}
+    if validator.patients:
+        baselines = evaluate_baselines(validator.patients, task=validator.task)
+        baselines = {"untrained": validate(validator, first, with_intervals=True)} | baselines
     found = validate(validator, weights, with_intervals=True)
     return ValidationReport(
         study=digest(validator.plan),
-        weights_digest=weights_digest(flatten(weights)),
+        weights_digest=weights_digest(packed(weights)),
         metrics=found.metrics,
         intervals=found.intervals,
         num_patients=found.num_patients,
         num_images=found.num_images,
         baselines=baselines,
         covers=validator.task.covers if validator.plan.privacy is not None else "",
-        pictures=tuple(_pictures(validator)),
+        pictures=tuple(_pictures(validator, weights)),
     )
 
 
 @torch.no_grad()
-def _pictures(validator: Validator) -> list[Picture]:
+def _pictures(validator: Validator, weights: Weights) -> list[Picture]:
     """Draw patients spread evenly over the set: not chosen by how well they went."""
     task, patients = validator.task, validator.patients
+    if not patients:
+        return []
     step = max(1, len(patients) // NUM_PICTURES)
-    pictures = []
-    validator.net.eval()
+    pictures, net = [], validator.net(weights).eval()
     for number, patient in list(enumerate(patients))[::step][:NUM_PICTURES]:
         index = len(patient.images) // 2
         shown = seen(patient, number, task=task)
-        run, window = partial(task.run, validator.net), validator.plan.training.patch
+        run, window = partial(task.run, net), validator.plan.training.patch
         image = shown.images[index : index + 1]
         output = (slide(run, image, window=window) if window else run(image))[0]
         pixels, caption = task.picture(shown.images[index], shown.targets[index], output)

@@ -395,8 +395,8 @@ def _model_findings(
     stated = {site.name: site.privacy for site in report.sites if site.privacy is not None}
     yield "the manifest states the report's privacy", manifest.privacy == stated
     try:
-        released = load(run_dir / "model" / manifest.weights_file)
-        rest = load(run_dir / WITHHELD) if manifest.parts else {}
+        released = dict(load(run_dir / "model" / manifest.weights_file))
+        rest = dict(load(run_dir / WITHHELD)) if manifest.parts else {}
     except (OSError, ValueError):
         released, rest = {}, {}
     whole = weights_digest(flatten(released | rest))

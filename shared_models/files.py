@@ -13,7 +13,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -31,8 +31,10 @@ class Tail(NamedTuple):
     torn: bytes
 
 
-def replace(file: Path, content: bytes, *, mode: int = 0o666) -> None:
-    """Make ``content`` the content of ``file``, atomically and durably.
+def replace(
+    file: Path, content: bytes | Iterable[bytes | memoryview], *, mode: int = 0o666
+) -> None:
+    """Make ``content``, whole or in pieces, the content of ``file``, atomically and durably.
 
     The content goes to a temporary sibling, reaches the disk, and takes the name in one step; then
     the folder reaches the disk too. A new file gets ``mode``, less what the umask takes; an
@@ -47,7 +49,8 @@ def replace(file: Path, content: bytes, *, mode: int = 0o666) -> None:
         with os.fdopen(descriptor, "wb") as stream:
             if file.exists():
                 os.fchmod(stream.fileno(), file.stat().st_mode & 0o777)
-            stream.write(content)
+            for piece in (content,) if isinstance(content, bytes) else content:
+                stream.write(piece)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(file)

@@ -55,7 +55,7 @@ def fedavgm(*, momentum: float = 0.9) -> Strategy:
         weights: Weights, updates: Iterable[Update], state: State
     ) -> tuple[dict[str, Array], State]:
         mean = _mean(weights, updates)
-        velocity = {name: momentum * state[name] + mean[name] for name in weights}
+        velocity = {name: momentum * state[name] + mean.pop(name) for name in weights}
         moved = {
             name: (value + velocity[name]).astype(np.float32) for name, value in weights.items()
         }
@@ -72,10 +72,10 @@ def _average(
     weights: Weights, updates: Iterable[Update], state: State
 ) -> tuple[dict[str, Array], State]:
     mean = _mean(weights, updates)
-    return {n: (value + mean[n]).astype(np.float32) for n, value in weights.items()}, state
+    return {n: (value + mean.pop(n)).astype(np.float32) for n, value in weights.items()}, state
 
 
-def _mean(weights: Weights, updates: Iterable[Update]) -> State:
+def _mean(weights: Weights, updates: Iterable[Update]) -> dict[str, NDArray[np.float64]]:
     sums = {name: np.zeros(value.shape, np.float64) for name, value in weights.items()}
     total = 0
     for update in updates:

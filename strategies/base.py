@@ -2,12 +2,13 @@
 
 ``init(weights) -> state`` and ``step(weights, updates, state) -> (weights, state)``. ``updates`` is
 an iterable consumed once, so that a mean keeps one sum in memory and not one model per site. State
-is a dict of arrays: saved and loaded, it continues bit for bit.
+is arrays by name: saved and loaded, it continues bit for bit. Weights, updates and state may lie in
+files, where an array is read each time it is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from shared_models.weights import Array, Weights
 
-State = dict[str, NDArray[np.float64]]
+State = Mapping[str, NDArray[np.float64]]
 
 
 class Update(NamedTuple):

@@ -89,7 +89,7 @@ def _weights(folder: Path, manifest: ReleaseManifest) -> dict[str, Any]:
     if Path(manifest.weights_file).name != manifest.weights_file:
         raise DocumentError("the manifest names weights outside the release; do not use it")
     try:
-        weights = weights_of.load(folder / manifest.weights_file)
+        weights = dict(weights_of.load(folder / manifest.weights_file))
     except (OSError, ValueError) as error:
         raise DocumentError(
             f"the release's weights cannot be read ({type(error).__name__}); {AGAIN}"

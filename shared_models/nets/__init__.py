@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from shared_models.registry import find
+from shared_models.weights import Weights
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -54,3 +55,33 @@ def make(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return made_private_ready(function(num_outputs=num_outputs, **params))
+
+
+def filled(
+    name: str,
+    params: Mapping[str, Any],
+    weights: Weights,
+    *,
+    num_outputs: int,
+    plugins: Collection[str] = (),
+) -> Module:
+    """Return the net called ``name`` with ``weights``, which are read one array at a time.
+
+    None of ours is drawn first, for all that it holds is among its weights.
+
+    Raises:
+        ValueError: as ``make`` does.
+        RuntimeError: if the weights are not the net's.
+    """
+    import torch
+
+    from shared_models.nets.base import load_weights
+
+    if name in BUILTIN:
+        with torch.device("meta"):
+            net = make(name, params, seed=0, num_outputs=num_outputs)
+        net.to_empty(device="cpu")
+    else:
+        net = make(name, params, seed=0, num_outputs=num_outputs, plugins=plugins)
+    load_weights(net, weights)
+    return net

@@ -1,7 +1,10 @@
 """What a round costs beyond the training: seconds, bytes and memory, beside stock Flower.
 
     python tests/bench/rounds.py [--sizes 0 25 100 400] [--rounds 4] [--repeats 2]
-        [--only ours|flower] [--flower-sizes 0 25] [--json FILE]
+        [--only ours|flower] [--flower-sizes 0 25] [--limit-s 3600] [--most-gb 12] [--json FILE]
+
+A run ends when all its processes together hold more than so many GB: at 400 MB stock Flower takes
+about ten. For a short look: ``--sizes 25 --rounds 1 --repeats 1``.
 
 Both train one model at three sites on this machine, over TLS with node authentication, and take
 turns. The model is a DenseNet of about so many MB in some 150 tensors (0 MB: in 14, some KB).
@@ -11,14 +14,19 @@ directory, checkpoints and signatures, and three ``consilia-site start`` with th
 outboxes and gates, which evaluate the model and train it for one step on small pictures.
 Stock is Flower's own FedAvg with SuperLink, SuperNodes and settings as they come, and an app that
 adds a constant to each array (``tests/bench/stock``): it trains nothing, evaluates nothing and
-imports no torch, all in its favour.
+imports no torch, all in its favour. Its SuperNodes come in by the SuperLink's loopback port: the
+one that hospitals are shown gives nobody an app.
 
 A round's overhead is its wall time (ours: from one line in rounds.jsonl to the next) minus the
 seconds the slowest site says it trained; the first round is left out. CPU seconds are those of all
 processes in a round, training with them, and say more than the clock on a busy machine. Bytes are
 those of orders and replies at the coordinator, all sites together. Memory is the high-water mark of
 each process; what it takes beyond its start is what it takes more than the same process with the
-model of 0 MB, which is therefore always run. A ratio is ours over stock, of medians.
+model of 0 MB, which is therefore always run; ``training`` is the process that computes gradients,
+which stock's app does not. A ratio is ours over stock, of medians.
+
+Stock Flower needs no setting for large models: since 1.40 it cuts every array into objects of
+5 MiB, each a request of its own, and has no limit on messages.
 """
 
 import argparse
@@ -36,6 +44,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -46,7 +55,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from watching import watched
+from watching import Watch, watched
 
 from client import config as configs
 from client import setup, studies
@@ -55,6 +64,7 @@ from server import link, store
 from server.consortium import TlsFiles, certificates
 from shared_models import nets
 from shared_models import plan as plans
+from shared_models.envelope import BUNDLE_FILES
 from shared_models.plan import StudyPlan
 from shared_models.signing import create_key, load_key, public_key, sign
 
@@ -63,18 +73,35 @@ SIZES = (0, 25, 100, 400)
 ROOT = Path(__file__).parents[2]
 STOCK = Path(__file__).parent / "stock"
 MARK = "CONSILIA_BENCH"
-LIMIT_S = 900.0
+LIMIT_S = 3600.0
 NUM_TRAIN, NUM_TEST = 8, 2
 Schema = list[tuple[str, list[int]]]
 
 
+class Limits(NamedTuple):
+    """Of one run: how long it may take, and how much its processes may hold together."""
+
+    seconds: float
+    most_gb: float
+
+    def check(self, watch: Watch, until: float) -> None:
+        if watch.total_mb > 1000 * self.most_gb:
+            raise SystemExit(f"its processes hold more than {self.most_gb:g} GB; see --most-gb")
+        if time.monotonic() > until:
+            raise SystemExit(f"it took longer than {self.seconds:g} s; see --limit-s")
+
+
 class Measured(NamedTuple):
-    """One run: seconds beyond training by round, CPU seconds and bytes of one, MB by part."""
+    """One run: seconds beyond training by round, CPU seconds and bytes of one, MB by part.
+
+    ``total_mb`` is what all processes held together at most.
+    """
 
     overheads_s: list[float]
     cpu_s: float
     bytes_per_round: int
     peaks_mb: dict[str, float]
+    total_mb: float
 
 
 def main() -> None:
@@ -84,7 +111,8 @@ def main() -> None:
     stock_sizes = sizes if options.flower_sizes is None else sorted({0, *options.flower_sizes})
     found: dict[tuple[str, int], list[Measured]] = {}
     results: dict[str, dict[str, Any]] = {}
-    contenders: dict[str, Callable[[int, int, Path], Measured]] = {"ours": ours, "flower": stock}
+    contenders: dict[str, Callable[[int, int, Path, Limits], Measured]]
+    contenders, limits = {"ours": ours, "flower": stock}, Limits(options.limit_s, options.most_gb)
     for size in sizes:
         repeats = options.repeats if size in options.sizes else 1
         for repeat in range(repeats):
@@ -95,7 +123,7 @@ def main() -> None:
                     continue
                 say(f"{name}, {size} MB, run {repeat + 1} of {repeats}")
                 with tempfile.TemporaryDirectory(prefix="rounds-") as folder:
-                    one = measure(size, options.rounds + 1, Path(folder))
+                    one = measure(size, options.rounds + 1, Path(folder), limits)
                 found.setdefault((name, size), []).append(one)
                 say("  seconds beyond training: " + " ".join(f"{s:.2f}" for s in one.overheads_s))
                 say("  MB at most: " + ", ".join(f"{k} {v:.0f}" for k, v in one.peaks_mb.items()))
@@ -112,11 +140,13 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=4, help="rounds that count, after the first")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--only", choices=("ours", "flower"))
+    parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="of one run")
+    parser.add_argument("--most-gb", type=float, default=12.0, help="of all processes of a run")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
-def ours(size: int, num_rounds: int, folder: Path) -> Measured:
+def ours(size: int, num_rounds: int, folder: Path, limits: Limits) -> Measured:
     tls, port = certificates(folder / "tls", hosts=["127.0.0.1"]), link.free_port()
     run_dir = laid_out(folder, size, num_rounds, tls=tls, port=port)
     settings = store.read_settings(run_dir)
@@ -131,7 +161,9 @@ def ours(size: int, num_rounds: int, folder: Path) -> Measured:
             stack.enter_context(started([*command, str(config)], folder / f"{site}.log", mark))
         app = link.thin_app(folder / "app")
         run_id = superlink.submit(app, {"run-dir": str(run_dir)})
-        marks = list(line_times(run_dir / store.ROUNDS, num_rounds, superlink, run_id))
+        check = partial(limits.check, watch, time.monotonic() + limits.seconds)
+        lines = line_times(run_dir / store.ROUNDS, num_rounds, superlink, run_id, check=check)
+        marks = list(lines)
         records = store.read_rounds(run_dir)[:num_rounds]
         watch.look(is_scan=True)
     walls = [after - before for before, after in pairwise(marks)]
@@ -142,19 +174,28 @@ def ours(size: int, num_rounds: int, folder: Path) -> Measured:
         watch.cpu_s(marks[0], marks[-1]) / len(walls),
         last.sent_bytes + last.received_bytes,
         watch.by_part(),
+        watch.most_total_mb,
     )
 
 
-def line_times(file: Path, number: int, superlink: link.SuperLink, run_id: int) -> Iterator[float]:
+def line_times(
+    file: Path,
+    number: int,
+    superlink: link.SuperLink,
+    run_id: int,
+    *,
+    check: Callable[[], None],
+) -> Iterator[float]:
     """Yield when each of the file's lines was there."""
-    until, asked, seen = time.monotonic() + LIMIT_S, time.monotonic(), 0
+    asked, seen = time.monotonic(), 0
     while seen < number:
         lines = file.read_bytes().count(b"\n") if file.exists() else 0
         yield from [time.monotonic()] * (min(lines, number) - seen)
         seen = lines
         if time.monotonic() > asked + 5:
             asked = time.monotonic()
-            if superlink.status(run_id).is_finished or asked > until:
+            check()
+            if superlink.status(run_id).is_finished:
                 raise SystemExit("the study did not end well; its logs are gone with its folder")
         time.sleep(0.005)
 
@@ -276,7 +317,7 @@ def schema(params: dict[str, Any]) -> Schema:
     return [(name, list(value.shape)) for name, value in net.state_dict().items()]
 
 
-def stock(size: int, num_rounds: int, folder: Path) -> Measured:
+def stock(size: int, num_rounds: int, folder: Path, limits: Limits) -> Measured:
     tls, port = certificates(folder / "tls", hosts=["127.0.0.1"]), link.free_port()
     tensors, out = schema(net_params(size)), folder / "out.json"
     nodes = list[subprocess.Popen[bytes]]()
@@ -288,17 +329,18 @@ def stock(size: int, num_rounds: int, folder: Path) -> Measured:
         for site in SITES:
             superlink.register(create_node_key(folder / site), site)
             command = [str(Path(sys.executable).with_name("flower-supernode"))]
-            command += ["--superlink", superlink.address, "--port", str(link.free_port())]
+            command += ["--superlink", superlink.control, "--port", str(link.free_port())]
             command += ["--root-certificates", str(tls.authority)]
             command += ["--auth-supernode-private-key", str(folder / site)]
             home = {"FLWR_HOME": str(folder / f"home-{site}")}
             nodes.append(stack.enter_context(started(command, folder / f"{site}.log", mark, home)))
         values = {"schema": str(folder / "schema.json"), "out": str(out), "rounds": num_rounds}
         app = shutil.copytree(STOCK, folder / "app")
-        (app / "LICENSE").write_text(link.LICENSE)
+        (app / "LICENSE").write_text(BUNDLE_FILES["LICENSE"])
         run_id = superlink.submit(app, values)
-        until = time.monotonic() + LIMIT_S
-        while not superlink.status(run_id).is_finished and time.monotonic() < until:
+        until = time.monotonic() + limits.seconds
+        while not superlink.status(run_id).is_finished:
+            limits.check(watch, until)
             if any(node.poll() is not None for node in nodes):
                 raise SystemExit(f"a SuperNode ended: {link._reason(folder / 'north.log')}")
             time.sleep(1.0)
@@ -313,6 +355,7 @@ def stock(size: int, num_rounds: int, folder: Path) -> Measured:
         watch.cpu_s(marks[0], marks[-1]) / len(walls),
         3 * len(SITES) * vector_bytes,  # to train, to evaluate, and back
         watch.by_part(),
+        watch.most_total_mb,
     )
 
 
@@ -375,6 +418,7 @@ def result_of(size: int, found: dict[tuple[str, int], list[Measured]]) -> dict[s
                 f"{name}_cpu_s": round(median(run.cpu_s for run in runs), 2),
                 f"{name}_bytes": runs[-1].bytes_per_round,
                 f"{name}_peak_mb": {part: round(peak) for part, peak in peaks.items()},
+                f"{name}_total_peak_mb": round(max(run.total_mb for run in runs)),
                 f"{name}_beyond_start_mb": {
                     part: max(0, round(peak - least.get(part, 0.0))) for part, peak in peaks.items()
                 },

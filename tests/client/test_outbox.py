@@ -69,7 +69,6 @@ def test_a_reply_of_many_buckets_is_found_as_it_was_sent(
     tmp_path: Path, policy: PolicySettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wire, "BUCKET_BYTES", 8)
-    monkeypatch.setattr(outbox, "BUCKET_BYTES", 8)
     keep(tmp_path, ORDER, letter=reply(), policy=policy)
     found = find(tmp_path, ORDER, policy=policy, key=OURS)
     assert found == reply()

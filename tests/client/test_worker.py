@@ -36,9 +36,10 @@ from shared_models import nets
 from shared_models.errors import DataError, MachineError
 from shared_models.nets.base import weights_of
 from shared_models.signing import digest
-from shared_models.weights import Array, flatten
+from shared_models.weights import Flat, flat_of, packed
 
 WEIGHTS = np.arange(5, dtype=np.float32)
+GIVEN = flat_of(WEIGHTS)
 
 #: A worker that says it gave up everything, takes one job after the other, and then misbehaves.
 SCRIPT = """
@@ -207,7 +208,7 @@ def test_a_worker_that_crashes_ends_and_its_job_has_failed(
     one = workers(behaviour)
     first = one.start().process.pid
     with pytest.raises(MachineError, match=sentence):
-        one(job_of(), WEIGHTS)
+        one(job_of(), GIVEN)
     assert not is_running(first)
     assert pid_of(one) != first
     assert is_running(pid_of(one))
@@ -220,7 +221,7 @@ def test_a_worker_that_answers_rubbish_ends_and_its_job_has_failed(
     one = workers(RUBBISH[name])
     first = one.start().process.pid
     with pytest.raises(MachineError, match="answered what cannot be read"):
-        one(job_of(), WEIGHTS)
+        one(job_of(), GIVEN)
     assert not is_running(first)
 
 
@@ -230,7 +231,7 @@ def test_an_update_where_none_belongs_is_not_read(
 ) -> None:
     one = workers("""raw(b'{"outcome": {}}', bytes(20))""")
     with pytest.raises(MachineError, match="answered what cannot be read"):
-        one(job_of(step), WEIGHTS)
+        one(job_of(step), GIVEN)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +253,7 @@ def test_a_worker_that_hangs_ends_when_its_time_is_over(
     one.confinement()  # it is there
     first, start = pid_of(one), time.monotonic()
     with pytest.raises(MachineError, match="longer than its limit"):
-        one(job_of(limit_s=0.5), WEIGHTS)
+        one(job_of(limit_s=0.5), GIVEN)
     assert time.monotonic() - start < 5
     assert not is_running(first)
 
@@ -263,7 +264,7 @@ def test_a_worker_that_does_not_listen_ends_when_its_time_is_over(
     one = workers("time.sleep(60)")
     one.confinement()
     with pytest.raises(MachineError, match="longer than its limit"):
-        one(job_of(limit_s=0.5), np.zeros(10_000_000, np.float32))
+        one(job_of(limit_s=0.5), flat_of(np.zeros(10_000_000, np.float32)))
 
 
 def test_a_worker_that_takes_too_much_memory_ends(
@@ -273,7 +274,7 @@ def test_a_worker_that_takes_too_much_memory_ends(
     one.confinement()
     first = pid_of(one)
     with pytest.raises(MachineError, match=r"it held more than 0\.5 GB of memory"):
-        one(job_of(), WEIGHTS)
+        one(job_of(), GIVEN)
     assert not is_running(first)
 
 
@@ -285,7 +286,7 @@ def test_what_a_worker_started_ends_with_it(
         "(scratch / 'child').write_text(str(child))\nos._exit(0)"
     )
     with pytest.raises(MachineError):
-        one(job_of(), WEIGHTS)
+        one(job_of(), GIVEN)
     child = int((one.scratch / "child").read_text())
     wait_until(lambda: not is_running(child))
 
@@ -303,7 +304,7 @@ def test_a_job_that_nobody_waits_for_is_ended_at_once(
     thread.start()
     start = time.monotonic()
     with pytest.raises(MachineError, match="nobody waits"):
-        one(job_of(), WEIGHTS)
+        one(job_of(), GIVEN)
     thread.join()
     assert time.monotonic() - start < 10
 
@@ -313,7 +314,7 @@ def test_a_cancellation_that_came_too_late_ends_no_other_job(
 ) -> None:
     one = workers(HONEST)
     one.cancel()
-    _, update = one(job_of(), WEIGHTS)
+    _, update = one(job_of(), GIVEN)
     assert np.array_equal(update, WEIGHTS)
 
 
@@ -324,22 +325,22 @@ def test_after_a_job_that_failed_the_next_one_finds_a_new_worker(
     one = workers(f"if job['round_'] == 1:\n    {behaviour}\n{HONEST}")
     for round_, works in ((0, True), (1, False), (0, True), (1, False), (0, True)):
         if works:
-            assert np.array_equal(one(job_of(round_=round_), WEIGHTS)[1], WEIGHTS)
+            assert np.array_equal(one(job_of(round_=round_), GIVEN)[1], WEIGHTS)
         else:
             with pytest.raises(MachineError):
-                one(job_of(round_=round_), WEIGHTS)
+                one(job_of(round_=round_), GIVEN)
 
 
 def test_a_worker_that_ended_between_two_jobs_is_replaced(
     workers: Workers, job_of: Callable[..., Job]
 ) -> None:
     one = workers(HONEST)
-    one(job_of(), WEIGHTS)
+    one(job_of(), GIVEN)
     first = pid_of(one)
     killed = one.start()
     os.kill(first, signal.SIGKILL)
     wait_until(lambda: not killed.is_alive())  # its threads may outlive the first of them
-    assert np.array_equal(one(job_of(), WEIGHTS)[1], WEIGHTS)
+    assert np.array_equal(one(job_of(), GIVEN)[1], WEIGHTS)
     assert pid_of(one) != first
 
 
@@ -394,7 +395,7 @@ def test_a_worker_is_given_no_key_no_ledger_no_journal_and_no_path_to_them(
             "words = [told.decode(), document.decode(), dict(os.environ), sys.argv[1:], fds]\n"
             "(scratch / 'words').write_text(json.dumps(words))\n" + HONEST
         )
-        one(job_of(), WEIGHTS)
+        one(job_of(), GIVEN)
     text = (one.scratch / "words").read_text()
     *_, environment, arguments, descriptors = json.loads(text)
     assert str(config.data.root) in text
@@ -599,10 +600,9 @@ def real(hospital) -> Iterator[Real]:
     assert not one.scratch.exists()
 
 
-def start_of(job: Job) -> Array:
-    return flatten(
-        weights_of(nets.make(job.plan.net.name, job.plan.net.params, seed=1, num_outputs=2))
-    )
+def start_of(job: Job) -> Flat:
+    net = nets.make(job.plan.net.name, job.plan.net.params, seed=1, num_outputs=2)
+    return packed(weights_of(net))
 
 
 def test_a_job_gives_the_same_bits_in_whichever_process_it_is_done(
@@ -623,7 +623,7 @@ def test_a_job_gives_the_same_bits_in_whichever_process_it_is_done(
     assert outcome.loss is None
     assert update is not None
     with pytest.raises(MachineError, match="could not do it"):
-        real.workers(private, start_of(private)[1:])
+        real.workers(private, start_of(private).part(0, 40))
     (real.config.data.root / f"{mark}-3-0.png").write_bytes(b"\x89PNG broken")
     with pytest.raises(DataError, match="line"):
         real.workers(private, start_of(private))

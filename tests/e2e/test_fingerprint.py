@@ -117,7 +117,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> tuple[DataSet, list[Pa
     ct = [profile for profile in HOSPITALS if profile.Modality == "CT"][:2]
     write_hospitals(folder / "images", seed=1, num_patients=20, size=16, profiles=ct)
     join(folder / "images")
-    data = adopt(folder / "images", task="segmentation")
+    data = adopt(folder / "images", labels="map")
     return data, hospitals_of(data, folder / "sites")
 
 
@@ -174,7 +174,7 @@ def test_on_real_hippocampi_the_geometry_is_that_of_pooled_data(
     data_dir: Path, tmp_path: Path
 ) -> None:
     """Three scanners; what no site may see, all images in one place, gives the same by one cell."""
-    data = adopt(data_dir / "hippocampus_mr", task="segmentation")
+    data = adopt(data_dir / "hippocampus_mr", labels="map")
     sites = hospitals_of(data, tmp_path)
     fine = SCALES | {
         "size": {"low": 10, "high": 200, "num_cells": 60},

@@ -14,13 +14,26 @@ from flwr.app import Error, Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_to_proto
-from flwr.proto.message_pb2 import ObjectTree, PullObjectRequest, PullObjectResponse
+from flwr.proto.message_pb2 import (
+    ObjectTree,
+    PullObjectRequest,
+    PullObjectResponse,
+    PushObjectRequest,
+    PushObjectResponse,
+)
 from flwr.proto.node_pb2 import Node, NodeInfo
-from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
+from flwr.proto.runtime_pb2 import (
+    PullAppMessagesRequest,
+    PullAppMessagesResponse,
+    PushAppMessagesRequest,
+    PushAppMessagesResponse,
+)
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
+    iterate_object_tree,
 )
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -80,7 +93,11 @@ class Grid:
         self.asked: list[set[str]] = []
         self.pulled: list[str] = []
         self.confirmed = 0
+        self.pushed: dict[str, list[str]] = {}
+        self.contents: dict[str, bytes] = {}
         self._runtime_client = SimpleNamespace(
+            PushMessages=self._push_messages,
+            PushObject=self._push_object,
             PullMessages=self._pull_messages,
             PullObject=self._pull_object,
             ConfirmMessageReceived=self._confirm,
@@ -89,8 +106,24 @@ class Grid:
     def get_nodes(self) -> list[NodeInfo]:
         return [site.info for site in self.sites.values() if site.is_online]
 
-    def push_messages(self, messages: list[Message]) -> list[str]:
-        return [self._deliver(message) for message in messages]
+    def _push_messages(self, request: PushAppMessagesRequest) -> PushAppMessagesResponse:
+        trees = request.message_object_trees
+        self.pushed |= {
+            tree.object_id: [p.object_id for p in iterate_object_tree(tree)] for tree in trees
+        }
+        wanted = dict.fromkeys(i for tree in trees for i in self.pushed[tree.object_id])
+        ids = [tree.object_id for tree in trees]
+        return PushAppMessagesResponse(message_ids=ids, objects_to_push=wanted, session_id="s")
+
+    def _push_object(self, request: PushObjectRequest) -> PushObjectResponse:
+        self.contents[request.object_id] = request.object_content
+        for message_id, parts in list(self.pushed.items()):
+            if set(parts) <= self.contents.keys() and self.pushed.pop(message_id, None):
+                contents = {part: self.contents[part] for part in parts}
+                message = inflate_object_from_contents(message_id, contents)
+                assert isinstance(message, Message)
+                self._deliver(message)
+        return PushObjectResponse(stored=True)
 
     def _deliver(self, message: Message) -> str:
         message.metadata.__dict__["_message_id"] = message.object_id

@@ -30,12 +30,16 @@ from flwr.proto.control_pb2 import (
     StopRunRequest,
     UnregisterNodeRequest,
 )
+from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.proto.node_pb2 import NodeInfo
-from flwr.proto.runtime_pb2 import PullAppMessagesRequest
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PushAppMessagesRequest
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
 from flwr.supercore.inflatable.inflatable_utils import (
     inflate_object_from_contents,
     pull_objects,
@@ -302,6 +306,10 @@ def test_processes_are_found_by_their_mark() -> None:
         (iterate_object_tree, ["tree"]),
         (make_pull_object_fn_protobuf, ["pull_object_protobuf", "node", "run_id"]),
         (
+            make_push_object_fn_protobuf,
+            ["push_object_protobuf", "node", "run_id", "session_id"],
+        ),
+        (
             inflate_object_from_contents,
             ["object_id", "object_contents", "keep_object_contents", "objects"],
         ),
@@ -318,7 +326,6 @@ def test_processes_are_found_by_their_mark() -> None:
             ],
         ),
         (HttpGrid.get_nodes, ["self"]),
-        (HttpGrid.push_messages, ["self", "messages"]),
     ],
 )
 def test_flower_still_has_what_the_coordinator_uses(function: Any, parameters: list[str]) -> None:
@@ -334,6 +341,8 @@ def test_flower_still_has_what_the_coordinator_uses(function: Any, parameters: l
         (ListRunsRequest, {"run_id"}),
         (StopRunRequest, {"run_id"}),
         (PullAppMessagesRequest, {"message_ids"}),
+        (PushAppMessagesRequest, {"messages_list", "message_object_trees"}),
+        (PushObjectRequest, {"node", "run_id", "session_id", "object_id", "object_content"}),
         (NodeInfo, {"node_id", "public_key", "online_until", "last_activated_at"}),
     ],
 )

@@ -29,8 +29,8 @@ from shared_models.masking import opened as sum_opened
 from shared_models.plan import StudyPlan
 from shared_models.signing import canonical, public_key, sign
 from shared_models.signing import digest as digest_of
-from shared_models.weights import digest, flatten, schema_of, unflatten
-from shared_models.wire import Letter, seal, unseal
+from shared_models.weights import Flat, digest, flatten, schema_of, unpacked, vector_of
+from shared_models.wire import Letter, flat_from, seal, unseal
 from strategies.averaging import fedavg
 
 COORDINATOR = Ed25519PrivateKey.from_private_bytes(b"c" * 32)
@@ -153,7 +153,7 @@ def test_each_site_gets_one_signed_order_for_itself(plan: StudyPlan) -> None:
 
 def test_all_orders_share_one_copy_of_the_weights(plan: StudyPlan) -> None:
     orders = rounds.orders_for(plan, WEIGHTS, kind="train", round_=0, consortium=CONSORTIUM)
-    assert len({id(letter.buckets[0]) for letter in orders.values()}) == 1
+    assert len({id(letter.buckets) for letter in orders.values()}) == 1
 
 
 # --- whom it does not believe
@@ -493,8 +493,8 @@ def test_the_updates_reach_the_strategy_without_being_copied(plan: StudyPlan) ->
         letter, order=opened(order_letter), key=CONSORTIUM.sites["north"], weights=WEIGHTS
     )
     assert update is not None
-    bucket = np.frombuffer(letter.buckets[0], np.float32)
-    arrays = unflatten(update, schema_of(WEIGHTS))
+    bucket = vector_of(flat_from(letter.buckets))
+    arrays = unpacked(update, schema_of(WEIGHTS))
     assert all(np.shares_memory(value, bucket) for value in arrays.values())
 
 
@@ -619,11 +619,11 @@ def test_the_coordinator_never_sees_an_update_that_is_not_masked(
 ) -> None:
     """Of all it opens, only the sum of all sites is near anything that was trained."""
     seen: list[np.ndarray] = []
-    for name in ("opened", "unflatten"):
+    for name in ("unmasked", "unpacked"):
         real = getattr(rounds, name)
 
-        def spied(vector: np.ndarray, *rest: Any, _real: Any = real) -> Any:
-            seen.append(vector)
+        def spied(vector: np.ndarray | Flat, *rest: Any, _real: Any = real) -> Any:
+            seen.append(vector_of(vector) if isinstance(vector, Flat) else vector)
             return _real(vector, *rest)
 
         monkeypatch.setattr(rounds, name, spied)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,16 +17,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from shared_models import weights as weights_module
+from shared_models.files import replace
 from shared_models.weights import (
+    Flat,
+    Spool,
+    Stored,
     digest,
+    entries,
+    flat_of,
     flatten,
     is_finite,
+    joined,
     load,
+    packed,
     save,
     schema_of,
+    serialized,
     size_of,
+    spooled,
+    stowed,
     subtract,
     unflatten,
+    unpacked,
+    vector_of,
 )
 
 arrays = hnp.arrays(
@@ -134,3 +153,187 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path: Path) -> None:
 def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="weights"):
         load(tmp_path / "weights")
+
+
+@given(weights=named)
+def test_wherever_numbers_lie_they_have_the_same_bytes_and_the_same_digest(weights: Named) -> None:
+    vector = flatten(weights)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights_module, "STRETCH_BYTES", 12)
+        kept = stowed(weights)
+        for found in (packed(weights), packed(kept), spooled(packed(weights).stretches())):
+            assert found.size == vector.nbytes
+            assert b"".join(found.stretches()) == vector.tobytes()
+            assert digest(found) == digest(vector)
+            assert is_finite(found)
+    assert schema_of(kept) == schema_of(weights)
+    assert {name: kept[name].tobytes() for name in kept} == {
+        name: value.tobytes() for name, value in weights.items()
+    }
+
+
+@given(sizes=st.lists(st.integers(0, 5), max_size=5), cut=st.tuples(*[st.integers(0, 25)] * 2))
+def test_parts_are_read_as_one_wherever_a_stretch_begins(
+    sizes: list[int], cut: tuple[int, int]
+) -> None:
+    whole = bytes(range(sum(sizes)))
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    parts = [whole[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    flat = joined([flat_of(np.frombuffer(part, np.uint8)) for part in parts])
+    start, stop = sorted(min(at, flat.size) for at in cut)
+    assert flat.size == len(whole)
+    assert bytes(flat.read(start, stop)) == whole[start:stop]
+    assert bytes(flat.part(start, stop).read(0, stop - start)) == whole[start:stop]
+
+
+def test_what_is_in_memory_is_not_copied() -> None:
+    weights = {"b": np.ones(3, np.float32), "a": np.ones((2, 2), np.float32)}
+    stretches = [np.frombuffer(packed({n: v}).read(0, v.nbytes), "<f4") for n, v in weights.items()]
+    assert all(map(np.shares_memory, stretches, weights.values()))
+    vector = flatten(weights)
+    assert np.shares_memory(vector_of(flat_of(vector)), vector)
+    assert np.shares_memory(unpacked(flat_of(vector), schema_of(weights))["b"], vector)
+
+
+def test_stored_arrays_cannot_be_written_to() -> None:
+    kept = stowed({"a": np.ones(3, np.float32)})
+    with pytest.raises(ValueError, match="read-only"):
+        kept["a"][0] = 2.0
+
+
+def test_a_vector_of_another_size_has_no_arrays() -> None:
+    with pytest.raises(ValueError, match="expected 16 bytes, got 12"):
+        unpacked(flat_of(np.zeros(3, np.float32)), (("a", (4,)),))
+
+
+def test_a_spool_has_no_name_and_is_closed_when_nobody_can_read_from_it(tmp_path: Path) -> None:
+    open_before = len(list(Path("/proc/self/fd").iterdir()))
+    spool = Spool(tmp_path)
+    part = spool.append(b"north")
+    assert spool.append(b"south").read(0, 5) == b"south"
+    assert list(tmp_path.iterdir()) == []
+    assert (part.read(1, 3), spool.flat.read(3, 8)) == (b"or", b"thsou")
+    del spool
+    assert part.read(0, 5) == b"north"
+    del part
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_before
+
+
+def test_a_file_that_ends_too_soon_is_an_error(tmp_path: Path) -> None:
+    save(tmp_path / "a", {"a": np.ones(4, np.float32)})
+    found = load(tmp_path / "a")
+    os.truncate(tmp_path / "a", (tmp_path / "a").stat().st_size - 1)
+    with pytest.raises(OSError, match="ended too soon"):
+        found["a"]
+
+
+@given(weights=named)
+def test_what_is_stored_is_what_safetensors_itself_would_write(
+    tmp_path_factory: pytest.TempPathFactory, weights: Named
+) -> None:
+    from safetensors.numpy import load as theirs
+    from safetensors.numpy import save as save_theirs
+
+    file = tmp_path_factory.mktemp("weights") / "a"
+    save(file, stowed(weights))
+    whole = {name: np.asarray(value, order="C") for name, value in weights.items()}
+    assert file.read_bytes() == save_theirs({name: whole[name] for name in sorted(whole)})
+    assert flatten(theirs(file.read_bytes())).tobytes() == flatten(weights).tobytes()
+
+
+def test_numbers_of_many_kinds_are_stored_and_safetensors_reads_them(tmp_path: Path) -> None:
+    from safetensors.numpy import load as theirs
+
+    kinds = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?")
+    arrays = {kind: np.arange(3).astype(kind) for kind in kinds}
+    replace(tmp_path / "a", serialized(entries(arrays, prefix="part/")))
+    for found in (load(tmp_path / "a"), theirs((tmp_path / "a").read_bytes())):
+        assert {name: found[f"part/{name}"].tolist() for name in kinds} == {
+            name: value.tolist() for name, value in arrays.items()
+        }
+    assert stowed(arrays)["f8"].dtype == np.float64
+
+
+def test_a_file_is_written_and_read_one_stretch_or_one_array_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights_module, "STRETCH_BYTES", 64)
+    asked: list[int] = []
+    raw = np.arange(100, dtype=np.float32).tobytes()
+
+    def read(start: int, stop: int) -> bytes:
+        asked.append(stop - start)
+        return raw[start:stop]
+
+    save(tmp_path / "a", unpacked(Flat(400, read), (("a", (60,)), ("b", (40,)))))
+    assert max(asked) == 64
+    found = load(tmp_path / "a")
+    assert isinstance(found, Stored)
+    assert found["b"].tolist() == list(range(60, 100))
+
+
+GOOD = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        [],
+        {"a": 3},
+        {"a": GOOD["a"] | {"dtype": "F33"}},
+        {"a": GOOD["a"] | {"shape": [3]}},
+        {"a": GOOD["a"] | {"shape": [-1, -2]}},
+        {"a": GOOD["a"] | {"shape": "12"}},
+        {"a": GOOD["a"] | {"data_offsets": [0, 7]}},
+        {"a": GOOD["a"] | {"data_offsets": [-8, 0]}},
+        {"a": GOOD["a"] | {"data_offsets": [0]}},
+        {"a": {"dtype": "F32", "shape": [2]}},
+        GOOD | {"b": GOOD["a"]},
+        GOOD | {"b": GOOD["a"] | {"data_offsets": [16, 24]}},
+        {},
+    ],
+)
+def test_a_head_that_does_not_fit_its_file_is_refused(head: Any, tmp_path: Path) -> None:
+    def written(told: Any) -> Path:
+        text = json.dumps(told).encode()
+        (tmp_path / "a").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+        return tmp_path / "a"
+
+    assert load(written(GOOD | {"__metadata__": {"x": "y"}}))["a"].tolist() == [0, 0]
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        load(written(head))
+
+
+@pytest.mark.parametrize("start", [b"", b"12", struct.pack("<Q", 9), struct.pack("<Q", 2**63)])
+def test_a_file_that_is_too_short_is_refused(start: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(start)
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        load(tmp_path / "a")
+
+
+def test_large_blocks_that_are_freed_go_back_to_the_system() -> None:
+    """In a process of its own: how memory is given back is a setting of the whole process."""
+    program = """
+import threading
+from shared_models.weights import return_what_is_freed
+
+def held():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+
+def work():
+    bytes(20 * 2**20)  # freed: from here on glibc would keep what is smaller
+    kept = [(b"x" * (8 * 2**20), b"y" * 2**16) for _ in range(8)]
+    small = [part[1] for part in kept]
+    before = held()
+    del kept
+    print(before - held())
+
+return_what_is_freed()
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) > 60

@@ -16,7 +16,8 @@ from shared_models import wire
 from shared_models.contracts import Approval, Contract, Refusal, RoundOrder, SiteReply
 from shared_models.errors import ConsiliaError, DocumentError, SignatureError
 from shared_models.signing import canonical, public_key, sign
-from shared_models.wire import Letter, from_buckets, seal, to_buckets, unseal
+from shared_models.weights import vector_of
+from shared_models.wire import Letter, flat_from, in_buckets, seal, unseal
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 PUBLIC = public_key(KEY)
@@ -55,26 +56,26 @@ def test_weights_travel_beside_the_contract() -> None:
 
 @given(vector=finite)
 def test_any_numbers_survive_the_buckets_bit_for_bit(vector: np.ndarray) -> None:
-    assert from_buckets(to_buckets(vector)).tobytes() == vector.tobytes()
+    assert vector_of(flat_from(in_buckets(vector))).tobytes() == vector.tobytes()
 
 
 @given(vector=finite, words=st.integers(1, 20))
 def test_where_the_buckets_are_cut_changes_nothing(vector: np.ndarray, words: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wire, "BUCKET_BYTES", 4 * words)
-        buckets = to_buckets(vector)
+        buckets = in_buckets(vector)
     assert len(buckets) == -(-len(vector) // words)
     assert all(len(bucket) <= 4 * words for bucket in buckets)
-    assert from_buckets(buckets).tobytes() == vector.tobytes()
+    assert vector_of(flat_from(tuple(buckets))).tobytes() == vector.tobytes()
 
 
 def test_buckets_hold_at_most_sixteen_mebibytes() -> None:
     vector = np.zeros(2**22 + 1, np.float32)
-    assert [len(bucket) for bucket in to_buckets(vector)] == [2**24, 4]
+    assert [len(bucket) for bucket in in_buckets(vector)] == [2**24, 4]
 
 
 def test_buckets_are_little_endian_whatever_the_machine() -> None:
-    assert to_buckets(np.array([1.0], ">f4")) == (b"\x00\x00\x80\x3f",)
+    assert in_buckets(np.array([1.0], ">f4")) == (b"\x00\x00\x80\x3f",)
 
 
 @pytest.mark.parametrize("buckets", [(b"abc",), (b"abcd", b"e"), (b"ab", b"cd"), (b"abcde",)])
@@ -90,8 +91,8 @@ def test_whole_numbers_of_64_bits_travel_as_they_are_wherever_they_are_cut(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wire, "BUCKET_BYTES", 8 * words)
-        buckets = to_buckets(vector)
-    found = from_buckets(buckets, kind="<u8")
+        buckets = in_buckets(vector)
+    found = vector_of(flat_from(buckets, numbers="<u8"), "<u8")
     assert found.dtype == np.dtype("<u8")
     assert found.tolist() == vector.tolist()
 
