@@ -9,12 +9,12 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from server.release import release
+from server.start import initial_weights
 from server.store import RunSettings
 from server.validate import final_report, open_validator
 from shared_models import phantoms
 from shared_models import plan as plans
 from shared_models.contracts import ReleaseManifest, Signature, SiteResult
-from shared_models.nets.base import weights_of
 from shared_models.plan import SignedPlan, StudyPlan
 from shared_models.signing import is_signed_by, sign
 from shared_models.weights import load
@@ -38,7 +38,7 @@ def test_a_release_is_signed_whole_and_names_the_modality_it_was_validated_on(
     settings = RunSettings(signing_key=tmp_path / "key", sites={}, validation_manifest=hospital)
     validator = open_validator(plan, settings)
     assert validator.modalities == ("CT",)
-    weights = weights_of(validator.net)
+    weights = initial_weights(plan, validator.task, tmp_path)
     site = SiteResult(name="north", num_patients=40, metrics={"auc": 0.8}, num_test_patients=9)
     written = release(
         tmp_path / "model",

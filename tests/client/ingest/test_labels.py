@@ -225,7 +225,8 @@ def test_a_dicom_segmentation_becomes_the_label_map_of_its_series(
     with looking(site_dir) as connection:
         (one,) = catalogue.listed(connection)
     assert one.map is not None
-    named = {1: "liver structure (body structure)", 2: "lesion"}
+    kinds = [codes.SCT.Liver, codes.SCT.Lesion][: int(truth.max())]
+    assert one.map.names == {n: kind.meaning.lower() for n, kind in enumerate(kinds, start=1)}
 
 
 def segmentation(images: list[Any], truth: np.ndarray[Any, Any]) -> highdicom.seg.Segmentation:
