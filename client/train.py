@@ -34,9 +34,10 @@ from client.noise import secure
 from shared_models.cohort import Patient
 from shared_models.plan import PrivacyTerms, StudyPlan, Training
 from shared_models.randomness import Randomness, seeded
-from shared_models.tasks import Free, Task, as_it_is
+from shared_models.tasks import Free, Task, as_it_is, moved_map
 
 View = Callable[[Tensor, Tensor, Randomness, bool], tuple[Tensor, Tensor]]
+Moved = Callable[[Tensor, bool, tuple[int, ...], tuple[int, ...]], Tensor]
 #: Equal up to rounding: each is held to a plain loop over patients by its tests.
 ENGINES: dict[str, Engine] = {"opacus": opacus_engine, "bookkeeping": bookkeeping_engine}
 
@@ -147,7 +148,13 @@ def train(
                 losses = []
                 anchor = [p.detach().clone() for p in free.trained]
                 optimizer.param_groups[0]["lr"] = learning_rate(plan.training, round_)
-            batch = draw(patients, terms=plan.training, randomness=randomness, view=task.view)
+            batch = draw(
+                patients,
+                terms=plan.training,
+                randomness=randomness,
+                view=task.view,
+                moved=task.moved,
+            )
             sums = gradient_of(_moved(batch, performance.device))
             gradients = _mean(
                 sums.gradients, batch, plan, len(patients), noise_multiplier, randomness
@@ -186,6 +193,7 @@ def draw(
     terms: Training,
     randomness: Randomness,
     view: View = as_it_is,
+    moved: Moved = moved_map,
 ) -> Batch:
     """Draw each patient with probability ``sample_rate``, and at most the cap of their images.
 
@@ -202,7 +210,8 @@ def draw(
         patient = patients[index]
         order = np.argsort(randomness.uniform(len(patient.images)))[: terms.images_per_patient]
         for number in np.repeat(order, terms.views).tolist():
-            image, target = view(*_changed(patient, number, terms, randomness), randomness, True)
+            changed = _changed(patient, number, terms, randomness, moved)
+            image, target = view(*changed, randomness, True)
             images.append(image)
             targets.append(target)
             owner.append(position)
@@ -220,20 +229,19 @@ def freeze(net: nn.Module, frozen: Sequence[str]) -> None:
 
 
 def _changed(
-    patient: Patient, number: int, terms: Training, randomness: Randomness
+    patient: Patient, number: int, terms: Training, randomness: Randomness, moved: Moved
 ) -> tuple[Tensor, Tensor]:
     """Return an image (channel, [z,] y, x) and its target, changed at random as the plan says."""
     image, target = patient.images[number], patient.targets[number]
-    is_map = target.ndim > 0
-    if terms.flips and randomness.uniform(1)[0] < 0.5:
-        image, target = image.flip(-1), target.flip(-1) if is_map else target
+    size, steps = tuple(image.shape[1:]), (0,) * (image.ndim - 1)
+    is_mirrored = terms.flips and randomness.uniform(1)[0] < 0.5
+    if is_mirrored:
+        image = image.flip(-1)
     if terms.shift:
-        axes = tuple(range(1 - image.ndim, 0))
-        by = randomness.uniform(len(axes)) * (2 * terms.shift + 1) // 1 - terms.shift
+        by = randomness.uniform(len(size)) * (2 * terms.shift + 1) // 1 - terms.shift
         steps = tuple(int(step) for step in by)
-        image = image.roll(steps, axes)
-        target = target.roll(steps, axes) if is_map else target
-    return image, target
+        image = image.roll(steps, tuple(range(-len(size), 0)))
+    return image, moved(target, is_mirrored, steps, size)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from server.hospitals import IMAGE_COLUMNS, DataSet, Labels
+from server.hospitals import IMAGE_COLUMNS, DataSet, Labels, listing
 from server.start import StartTerms
 from shared_models.errors import ConsiliaError
 from shared_models.plan import StudyPlan, planned_events
@@ -62,7 +62,7 @@ def plan_for(
     if num_rounds is not None:
         recipe["training"]["num_rounds"] = num_rounds
     recipe.pop("start", None)
-    if recipe.pop("labels", "class") in ("class", "map"):
+    if recipe.pop("labels", "class") != "none":
         params = {"classes": list(data.classes), **recipe["task"].get("params", {})}
         recipe["task"]["params"] = params
     is_split = recipe.get("rounds", {}).get("secure_aggregation", False)
@@ -155,7 +155,7 @@ def labels_of(task: str, folder: Path) -> Labels:
     Where there is no such recipe or manifest, ``class``: adopting and planning say what is wrong.
     """
     try:
-        with (folder / "manifest.csv").open(newline="", encoding="utf-8-sig") as handle:
+        with listing(folder).open(newline="", encoding="utf-8-sig") as handle:
             first = next(csv.DictReader(handle))
     except (OSError, UnicodeDecodeError, csv.Error, StopIteration):
         return "class"

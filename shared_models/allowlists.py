@@ -128,6 +128,8 @@ def _made_objections(plan: StudyPlan, plugins: Collection[str]) -> Iterator[str]
         objection = tasks.objection_to_loss(task, spatial_dims=spatial_dims)
         if task.not_private and plan.privacy is not None:
             yield f"task: '{plan.task.name}' cannot be private: {task.not_private}"
+        if task.label_kind == "boxes" and task.moved is tasks.moved_map:
+            yield from _unmoved_objections(plan)
     except Exception as error:
         yield f"task or net: {type(error).__name__}: {error}"
         return
@@ -139,6 +141,16 @@ def _made_objections(plan: StudyPlan, plugins: Collection[str]) -> Iterator[str]
             yield f"training.frozen: no parameter of the net begins with '{prefix}'"
     if all(name.startswith(plan.training.frozen) for name in names):
         yield "training.frozen: nothing is left to train; freeze less"
+
+
+def _unmoved_objections(plan: StudyPlan) -> Iterator[str]:
+    """Yield what would move images whose boxes the task leaves where they are."""
+    for name in ("flips", "shift"):
+        if getattr(plan.training, name):
+            yield (
+                f"training.{name}: the boxes of task '{plan.task.name}' do not move with their "
+                f"images; take {name} out"
+            )
 
 
 def _names(function: object) -> set[str]:

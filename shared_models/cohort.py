@@ -1,9 +1,10 @@
 """A manifest and its images become patients: what both a site and the coordinator train or test on.
 
 A manifest is a CSV beside (or above) the images with the columns ``image`` (a path relative to the
-root), ``patient``, ``label`` (a class, or the path of a label map) and, optionally, ``split``
-(train, val or test; otherwise a keyed hash of the patient decides). One row is one image; a row
-whose image is a folder is one DICOM series. For a two-dimensional net every slice is an image.
+root), ``patient``, ``label`` (a class, the path of a label map, or boxes: see ``boxes.py``) and,
+optionally, ``split`` (train, val or test; otherwise a keyed hash of the patient decides). One row is
+one image; a row whose image is a folder is one DICOM series. For a two-dimensional net every slice
+is an image.
 
 Guarantees:
     A patient is in one split only, with at least one image and a label for each.
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from shared_models import boxes
 from shared_models.errors import DataError
 from shared_models.imaging import Pair, pipeline
 from shared_models.plan import StudyPlan
@@ -47,7 +49,7 @@ class Patient(NamedTuple):
 
     Attributes:
         images: float32 (n, channel, [z,] y, x).
-        targets: int64 (n,) or (n, [z,] y, x).
+        targets: int64 (n,) or (n, [z,] y, x); of boxes as the task encodes them.
         spacing_mm: of each image, ([z,] y, x).
     """
 
@@ -225,6 +227,13 @@ def _examples(
             "nothing is left of the image after the plan's imaging steps, and a patient needs at "
             "least one; export it again or remove the line"
         )
+    if task.label_kind == "boxes":
+        if dims == 3:
+            raise DataError("boxes are for nets of two dimensions; ask for a plan with one")
+        listed, before = boxes.read(row.label), read_volume(root / row.image)
+        found = boxes.prepared(listed, before=before, after=volume)
+        target = task.encode_boxes(found, (volume.data.shape[1], volume.data.shape[2]))
+        return [(image[:, 0], target, volume.spacing_mm[1:])]
     if map_ is not None:
         target = torch.from_numpy(task.encode_map(map_.data))
     elif task.label_kind == "none":

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 BUILTIN = {
     "centres": "shared_models.nets.centres:make",
+    "centernet": "shared_models.nets.centernet:make",
     "densenet": "shared_models.nets.densenet:make",
     "gan": "shared_models.nets.gan:make",
     "recurrent": "shared_models.nets.recurrent:make",
