@@ -152,7 +152,8 @@ def check_task(task: str) -> None:
 def labels_of(task: str, folder: Path) -> Labels:
     """Return what labels the recipe for ``task`` wants of the images that ``folder`` lists.
 
-    Where there is no such recipe or manifest, ``class``: adopting and planning say what is wrong.
+    Where there is no recipe for such images, what those for others agree on; else ``class``, and
+    adopting and planning say what is wrong.
     """
     try:
         with listing(folder).open(newline="", encoding="utf-8-sig") as handle:
@@ -161,8 +162,10 @@ def labels_of(task: str, folder: Path) -> Labels:
         return "class"
     image = next((first[name] or "" for name in IMAGE_COLUMNS if name in first), "")
     wanted = f"{task}-{_kind(Path(image))}"
-    labels: Labels = _read(wanted).get("labels", "class") if wanted in _known() else "class"
-    return labels
+    known = [name for name in _known() if name.rpartition("-")[0] == task]
+    names = [wanted] if wanted in known else known
+    found: set[Labels] = {_read(name).get("labels", "class") for name in names}
+    return found.pop() if len(found) == 1 else "class"
 
 
 def kind_of(data: DataSet) -> str:

@@ -2,9 +2,9 @@
 
 A manifest is a CSV beside (or above) the images with the columns ``image`` (a path relative to the
 root), ``patient``, ``label`` (a class, the path of a label map, or boxes: see ``boxes.py``) and,
-optionally, ``split`` (train, val or test; otherwise a keyed hash of the patient decides). One row is
-one image; a row whose image is a folder is one DICOM series. For a two-dimensional net every slice
-is an image.
+optionally, ``split`` (train, val or test; otherwise a keyed hash of the patient decides). One row
+is one image; a row whose image is a folder is one DICOM series. For a two-dimensional net every
+slice is an image.
 
 Guarantees:
     A patient is in one split only, with at least one image and a label for each.

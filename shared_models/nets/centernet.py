@@ -18,21 +18,21 @@ def make(
     in_channels: int = 1,
     stem: Sequence[int] = (12, 24),
     channels: Sequence[int] = (32, 48, 64),
-    strides: Sequence[int] = (2, 2),
     num_groups: int = 4,
 ) -> nn.Module:
     """Return a net (batch, in_channels, y, x) to (batch, num_outputs, y / s, x / s).
 
     The stem halves the image once for each of its numbers, which makes s; then comes a U-Net
-    (MONAI) of ``channels``. Every size must be divisible by s and the product of ``strides``.
+    (MONAI) of ``channels``, which halves between each two of them and doubles again. Sizes must be
+    divisible by two that often.
 
     Raises:
-        ValueError: if there are not two dimensions, or no stem.
+        ValueError: if there are not two dimensions, no stem, or no two channels.
     """
     if spatial_dims != 2:
         raise ValueError("expected spatial_dims = 2: boxes are found in single pictures")
-    if not stem:
-        raise ValueError("expected one or more numbers in stem: the channels after each halving")
+    if not stem or len(channels) < 2:
+        raise ValueError("expected one or more numbers in stem and two or more in channels")
     from monai.networks.nets.unet import UNet
 
     layers: list[nn.Module] = []
@@ -44,7 +44,7 @@ def make(
         in_channels=stem[-1],
         out_channels=channels[0],
         channels=tuple(channels),
-        strides=tuple(strides),
+        strides=(2,) * (len(channels) - 1),
         act="prelu",
         norm=("group", {"num_groups": num_groups}),
     )

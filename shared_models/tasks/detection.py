@@ -79,7 +79,7 @@ def make(
     num_classes = len(names)
 
     def encode_boxes(boxes: Sequence[Box], size: tuple[int, int]) -> Tensor:
-        """Return (most_boxes, 5): class number, x1, y1, x2, y2 as shares; -1 where there is none."""
+        """Return (most_boxes, 5): class number, or -1 for no box, and corners x, y as shares."""
         if any(box.name not in classes for box in boxes):
             raise ValueError(
                 "a box of a class that is none of the plan's; correct it, or ask for another plan"
@@ -113,11 +113,23 @@ def make(
 
     def run(net: nn.Module, images: Tensor) -> Tensor:
         """Return (batch, most_boxes, 6): class number or -1, share of certainty, x1, y1, x2, y2."""
-        outputs = net(images).float()
+        outputs = net(images).detach().float()
         heat = torch.sigmoid(outputs[:, :num_classes] + PRIOR)
         heat = heat * (heat == max_pool2d(heat, 3, stride=1, padding=1))
         corners = _corners(outputs[:, num_classes:])
         return torch.stack([_best(h, c) for h, c in zip(heat, corners, strict=True)])
+
+    def parts(images: Tensor) -> Tensor:
+        """Return what stands out as a whole, of any class: as many large parts as each may have."""
+        share = most_boxes // num_classes
+        found = torch.zeros((len(images), most_boxes, 6))
+        found[:, :, 0] = -1
+        for row, image in zip(found, images, strict=True):
+            boxes = _parts(image[0])[:share]
+            for kind in range(num_classes):
+                rows = row[kind * share : kind * share + len(boxes)]
+                rows[:, 0], rows[:, 1:] = kind, boxes
+        return found
 
     def _best(heat: Tensor, corners: Tensor) -> Tensor:
         from monai.data.box_utils import batched_nms
@@ -133,8 +145,11 @@ def make(
         return found
 
     def score(outputs: Tensor, targets: Tensor, spacing_mm: tuple[float, ...]) -> Scores:
-        """Return (batch, 3 x most_boxes + classes): class, certainty and whether it is right, of
-        each box found, then how many boxes of each class there are."""
+        """Return (batch, 3 x most_boxes + classes).
+
+        Of each box found its class, how sure it is and whether it is right; then how many boxes of
+        each class there are.
+        """
         rows = [_matched(found, truth) for found, truth in zip(outputs, targets, strict=True)]
         counts = one_hot(targets[:, :, 0].long() + 1, num_classes + 1).sum(dim=1)[:, 1:]
         return np.concatenate([np.stack(rows), counts.double().numpy()], axis=1)
@@ -195,6 +210,7 @@ def make(
         picture=picture,
         run=run,
         moved=moved,
+        baselines={"Otsu's parts": parts},
         made_up=made_up,
     )
 
@@ -310,3 +326,20 @@ def _drawn(pixels: Pixels, truth: Tensor, found: Tensor) -> Pixels:
         draw.rectangle(corners, outline=colour, width=2)
         draw.text((corners[0] + 4, corners[1] + 2), f"{float(row[1]):.2f}", fill=colour)
     return np.asarray(canvas)
+
+
+def _parts(image: Tensor) -> Tensor:
+    """Return (n, 5): area and corners, as shares, of what lies apart beyond Otsu's threshold.
+
+    Largest first. The rarer side of the threshold, dark or bright, is what stands out.
+    """
+    from skimage.filters import threshold_otsu
+    from skimage.measure import label, regionprops
+
+    pixels = image.cpu().numpy()
+    bright = pixels > threshold_otsu(pixels)
+    regions = regionprops(label(bright if bright.mean() < 0.5 else ~bright))
+    rows = [(r.area, *r.bbox[1::-1], *r.bbox[:1:-1]) for r in regions]
+    found = torch.tensor(sorted(rows, reverse=True), dtype=torch.float32).reshape(-1, 5)
+    height, width = pixels.shape
+    return found / torch.tensor([height * width, width, height, width, height])

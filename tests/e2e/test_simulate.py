@@ -47,7 +47,11 @@ def few(data: DataSet, *, most: int) -> DataSet:
 
 @pytest.mark.parametrize(
     ("folder", "task", "headline"),
-    [("cxr_pneumonia", "classification", "auc"), ("hippocampus_mr", "segmentation", "dice")],
+    [
+        ("cxr_pneumonia", "classification", "auc"),
+        ("hippocampus_mr", "segmentation", "dice"),
+        ("blood_cells_boxes", "detection", "map50"),
+    ],
 )
 @pytest.mark.parametrize("epsilon", [None, 8.0])
 def test_real_images_are_trained_in_process(
