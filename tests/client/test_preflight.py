@@ -576,6 +576,21 @@ def test_boxes_are_held_against_the_plans_classes_and_their_images(
     assert mark not in str(found)
 
 
+ORDER = {
+    "task": {"name": "series-classification", "params": {"labels": "order"}},
+    "net": {"name": "recurrent", "params": {"spatial_dims": 3, "channels": [4], "hidden": 4}},
+    "imaging": [{"name": "resize", "params": {"size": [16, 16]}}],
+}
+
+
+def test_a_task_that_wants_no_labels_is_told_nothing_of_them(case_of, hospital) -> None:
+    rewrite(hospital, lambda _, row: row.update(label=""))
+    found = data_findings(case_of(ORDER))
+    assert found["manifest"].ok
+    assert "labels" not in found
+    assert data_findings(case_of())["manifest"].ok is False
+
+
 # --- the dry batch
 
 
@@ -622,6 +637,12 @@ def test_made_up_boxes_are_enough_for_every_metric(is_private: bool, case_of) ->
     found = taken(case_of(FINDS | ({} if is_private else {"privacy": None})))
     assert found.trouble == ""
     assert {"map50", "map50_cell", "froc", "froc_big_cell"} <= set(found.metrics)
+
+
+def test_made_up_images_without_labels_are_enough_for_a_metric(case_of) -> None:
+    found = taken(case_of(ORDER), image_size=(5, 16, 16))
+    assert found.trouble == ""
+    assert "accuracy" in found.metrics
 
 
 def test_metrics_that_stay_are_told(case_of) -> None:
