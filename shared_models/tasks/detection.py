@@ -101,15 +101,17 @@ def make(
         spread, is_there, place = _spread(targets, outputs.shape[2:])
         kinds = one_hot(targets[:, :, 0].long().clamp(min=0), num_classes).to(spread)
         wanted = (spread[:, :, None] * kinds[..., None, None]).amax(dim=1)
-        heat = _focal(outputs[:, :num_classes] + PRIOR, wanted)
         number = is_there.sum(dim=1).clamp(min=1)
+        heat = _focal(outputs[:, :num_classes] + PRIOR, wanted) / number
         best, index = spread.max(dim=1, keepdim=True)
         told = place.gather(1, index[:, :, None].expand(-1, -1, 4, -1, -1))[:, 0]
         extent = torch.cat([told[:, 2:].exp(), torch.ones_like(told[:, 2:])], dim=1)
         said, told = outputs[:, num_classes:] / extent, told / extent  # as parts of the box
         error = smooth_l1_loss(said, told, beta=0.05, reduction="none").sum(dim=1)
-        weight = best[:, 0] / best.flatten(1).sum(dim=1).clamp(min=1e-6).view(-1, 1, 1)
-        return heat / number + box_weight * (error * weight).flatten(1).sum(dim=1)
+        mass = spread.flatten(2).sum(dim=2).clamp(min=1e-6)  # a small box counts like a large one
+        weight = best[:, 0] / mass.gather(1, index.flatten(1)).view_as(index[:, 0])
+        weight = weight / number.view(-1, 1, 1)
+        return heat + box_weight * (error * weight).flatten(1).sum(dim=1)
 
     def run(net: nn.Module, images: Tensor) -> Tensor:
         """Return (batch, most_boxes, 6): class number or -1, share of certainty, x1, y1, x2, y2."""
@@ -273,7 +275,7 @@ def _spread(targets: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tenso
 
 
 def _focal(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Return the sum over an image's map of the penalty-reduced focal loss: (batch,)."""
+    """Return the sum over an image's maps of the penalty-reduced focal loss: (batch,)."""
     share = torch.sigmoid(logits)
     right = (1 - share).square() * logsigmoid(logits)
     wrong = (1 - wanted) ** 4 * share.square() * logsigmoid(-logits)
