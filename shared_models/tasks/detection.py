@@ -212,7 +212,7 @@ def make(
         picture=picture,
         run=run,
         moved=moved,
-        baselines={"Otsu's parts": parts},
+        baselines={"otsu parts": parts},
         made_up=made_up,
     )
 

@@ -255,11 +255,11 @@ def test_what_stands_out_is_found_without_training_if_it_lies_apart() -> None:
         image[..., y1:y2, x1:x2] = 1
     listed = [Box("thing", (b[0], b[1]), (b[2], b[3])) for b in boxes]
     for one in (image, -image):
-        found = task.baselines["Otsu's parts"](one)
+        found = task.baselines["otsu parts"](one)
         scores = task.score(found, task.encode_boxes(listed, (30, 40))[None], (1.0, 1.0))
         assert task.metrics(scores) == {"map50": 1.0, "froc": 1.0}
         assert found[0, 0, 1] == pytest.approx(18 * 9 / 1200)
-    blank = TASK.baselines["Otsu's parts"](torch.zeros((2, 1, 30, 40)))
+    blank = TASK.baselines["otsu parts"](torch.zeros((2, 1, 30, 40)))
     assert blank.shape == (2, 12, 6)
     assert bool((blank[:, :, 0] == -1).all())
 
