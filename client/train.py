@@ -35,9 +35,10 @@ from client.patches import corner, cut
 from shared_models.cohort import Patient, encoded
 from shared_models.plan import PrivacyTerms, StudyPlan, Training
 from shared_models.randomness import Randomness, seeded
-from shared_models.tasks import Free, Task, as_it_is
+from shared_models.tasks import Free, Task, as_it_is, moved_map
 
 View = Callable[[Tensor, Tensor, Randomness, bool], tuple[Tensor, Tensor]]
+Moved = Callable[[Tensor, bool, tuple[int, ...], tuple[int, ...]], Tensor]
 #: Equal up to rounding: each is held to a plain loop over patients by its tests.
 ENGINES: dict[str, Engine] = {"opacus": opacus_engine, "bookkeeping": bookkeeping_engine}
 
@@ -150,7 +151,13 @@ def train(
                 start = [p.detach() for p in free.trained]
                 anchor = [p.clone() for p in start] if plan.training.proximal_mu else start
                 optimizer.param_groups[0]["lr"] = learning_rate(plan.training, round_)
-            batch = draw(patients, terms=plan.training, randomness=randomness, view=view)
+            batch = draw(
+                patients,
+                terms=plan.training,
+                randomness=randomness,
+                view=view,
+                moved=task.moved,
+            )
             sums = gradient_of(_moved(batch, performance.device))
             gradients = _mean(
                 sums.gradients, batch, plan, len(patients), noise_multiplier, randomness
@@ -189,6 +196,7 @@ def draw(
     terms: Training,
     randomness: Randomness,
     view: View = as_it_is,
+    moved: Moved = moved_map,
 ) -> Batch:
     """Draw each patient with probability ``sample_rate``, and at most the cap of their images.
 
@@ -206,7 +214,8 @@ def draw(
         patient = patients[index]
         order = np.argsort(randomness.uniform(len(patient.images)))[: terms.images_per_patient]
         for number in np.repeat(order, terms.views * terms.patches_per_image).tolist():
-            image, target = view(*_changed(patient, number, terms, randomness), randomness, True)
+            changed = _changed(patient, number, terms, randomness, moved)
+            image, target = view(*changed, randomness, True)
             images.append(image)
             targets.append(target)
             owner.append(position)
@@ -220,7 +229,9 @@ def shown(patients: Sequence[Patient], *, plan: StudyPlan, task: Task) -> Tensor
     """Return an image of each patient as the net is shown it: (n, channel, [z,] y, x)."""
     once = {"sample_rate": 1.0, "images_per_patient": 1, "views": 1, "patches_per_image": 1}
     terms = plan.training.model_copy(update=once)
-    return draw(patients, terms=terms, randomness=seeded("probe"), view=_view_of(task)).images
+    return draw(
+        patients, terms=terms, randomness=seeded("probe"), view=_view_of(task), moved=task.moved
+    ).images
 
 
 def freeze(net: nn.Module, frozen: Sequence[str]) -> None:
@@ -231,20 +242,19 @@ def freeze(net: nn.Module, frozen: Sequence[str]) -> None:
 
 
 def _changed(
-    patient: Patient, number: int, terms: Training, randomness: Randomness
+    patient: Patient, number: int, terms: Training, randomness: Randomness, moved: Moved
 ) -> tuple[Tensor, Tensor]:
     """Return an image (channel, [z,] y, x) and its target, changed at random as the plan says."""
     image, target = _whole_or_patch(patient, number, terms, randomness)
-    is_map = target.ndim > 0
-    if terms.flips and randomness.uniform(1)[0] < 0.5:
-        image, target = image.flip(-1), target.flip(-1) if is_map else target
+    size, steps = tuple(image.shape[1:]), (0,) * (image.ndim - 1)
+    is_mirrored = terms.flips and randomness.uniform(1)[0] < 0.5
+    if is_mirrored:
+        image = image.flip(-1)
     if terms.shift:
-        axes = tuple(range(1 - image.ndim, 0))
-        by = randomness.uniform(len(axes)) * (2 * terms.shift + 1) // 1 - terms.shift
+        by = randomness.uniform(len(size)) * (2 * terms.shift + 1) // 1 - terms.shift
         steps = tuple(int(step) for step in by)
-        image = image.roll(steps, axes)
-        target = target.roll(steps, axes) if is_map else target
-    return image, target
+        image = image.roll(steps, tuple(range(-len(size), 0)))
+    return image, moved(target, is_mirrored, steps, size)
 
 
 def _view_of(task: Task) -> View:

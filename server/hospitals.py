@@ -1,7 +1,9 @@
 """A data set with a ``site`` column becomes hospitals for a demonstration.
 
 Reads ``manifest.csv`` of a folder and writes one manifest per site plus one for the coordinator's
-validation set, whose patients no site gets. Images stay where they are.
+validation set, whose patients no site gets. Images stay where they are. Where boxes are wanted and
+there is no manifest, ``boxes.csv`` will do, which has a line for each box; an image for which it
+names no patient is its own.
 """
 
 from __future__ import annotations
@@ -13,11 +15,16 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from shared_models import boxes
 from shared_models.errors import DataError
 from shared_models.splits import SPLITS, split_of
 
 IMAGE_COLUMNS = ("image", "file")
 PATIENT_COLUMNS = ("patient", "patient_id", "source_id")
+SITE_COLUMNS = ("site", "block")
+CLASS_COLUMNS = ("class", "finding")
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+MANIFEST, BOXES = "manifest.csv", "boxes.csv"
 MAP_COLUMNS = ("label", "mask")
 #: As a task's ``label_kind``.
 Labels = Literal["class", "map", "boxes", "none"]
@@ -66,35 +73,101 @@ def adopt(data_dir: Path, *, labels: Labels, classes: Sequence[str] = ()) -> Dat
 
     Args:
         data_dir: holds ``manifest.csv``, with the columns image (or file), patient (or patient_id),
-            site, labels and, if it has one, split.
+            site, labels and, if it has one, split; or ``boxes.csv``, see ``_listed``.
         labels: what is wanted for labels, which decides the column that holds them.
         classes: what to call the classes; by default they are named after the column or number.
 
     Raises:
         DataError: with every objection at once, without a patient's name.
     """
-    manifest = data_dir / "manifest.csv"
+    manifest = listing(data_dir)
     if not data_dir.is_dir():
         raise DataError(f"there is no folder {data_dir}")
+    if labels == "boxes" and manifest.name == BOXES:
+        return _named(data_dir, _listed(_records(manifest)), labels=labels, classes=classes)
+    manifest = data_dir / MANIFEST
     if not manifest.is_file():
         raise DataError(f"{data_dir} holds no manifest.csv; list its images there, one a line")
-    try:
-        with manifest.open(newline="", encoding="utf-8-sig") as handle:
-            records = list(csv.DictReader(handle))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot read {manifest} as CSV: {type(error).__name__}") from None
-    if not records:
-        raise DataError(f"{manifest} lists no images")
+    records = _records(manifest)
     image, patient = _column(records, IMAGE_COLUMNS), _column(records, PATIENT_COLUMNS)
     label = _label_column(records, labels, taken=("site", "split", image, patient))
     if "site" not in records[0]:
         raise DataError(f"{manifest}: missing column site; it says which hospital an image is of")
-    rows = tuple(_row(r, image=image, patient=patient, label=label) for r in records)
+    rows = [_row(r, image=image, patient=patient, label=label) for r in records]
+    return _named(data_dir, rows, labels=labels, classes=classes, column=label)
+
+
+def listing(folder: Path) -> Path:
+    """Return the file that lists a data set's images: its manifest, else its boxes."""
+    is_boxes = (folder / BOXES).is_file() and not (folder / MANIFEST).exists()
+    return folder / (BOXES if is_boxes else MANIFEST)
+
+
+def _records(file: Path) -> list[dict[str, str]]:
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as handle:
+            records = list(csv.DictReader(handle))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cannot read {file} as CSV: {type(error).__name__}") from None
+    if not records:
+        raise DataError(f"{file} lists no images")
+    return records
+
+
+def _named(
+    data_dir: Path,
+    rows: Sequence[dict[str, str]],
+    *,
+    labels: Labels,
+    classes: Sequence[str],
+    column: str = "",
+) -> DataSet:
+    """Check the rows and name their classes: as the labels do, or as asked for."""
     _refuse(list(_objections(rows, data_dir, labels=labels)))
-    found = _classes(rows, data_dir, labels=labels, column=label)
+    found = _classes(rows, data_dir, labels=labels, column=column)
     if classes and len(classes) != len(found):
         raise DataError(f"expected names for {len(found)} classes, got {len(classes)}")
-    return DataSet(data_dir.resolve(), rows, tuple(classes) or found)
+    if classes and labels == "boxes" and set(classes) != set(found):
+        raise DataError("expected the classes that the boxes name, in any order")
+    return DataSet(data_dir.resolve(), tuple(rows), tuple(classes) or found)
+
+
+def _listed(records: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Return a row for each image of a ``boxes.csv``, which has a line for each box.
+
+    Its columns: image (or file), class (or finding), xmin, ymin, xmax, ymax in pixels, site (or
+    block) and, if it has them, split, patient (or patient_id) and flag. A box with a flag is left
+    out, and with it an image that has no other: what is in it is not known.
+
+    Raises:
+        DataError: with every objection at once, by line.
+    """
+    image, name = _column(records, IMAGE_COLUMNS), _column(records, CLASS_COLUMNS)
+    site = _column(records, SITE_COLUMNS)
+    patient = next((column for column in PATIENT_COLUMNS if column in records[0]), image)
+    missing = [corner for corner in CORNERS if corner not in records[0]]
+    if missing:
+        raise DataError(f"{BOXES}: missing column {', '.join(missing)}")
+    rows: dict[str, dict[str, str]] = {}
+    objections = []
+    for line, record in enumerate(records, start=2):
+        if (record.get("flag") or "").strip():
+            continue
+        row = _row(record, image=image, patient=patient, label="") | {
+            "site": (record[site] or "").strip(),
+            "line": str(line),
+        }
+        first = rows.setdefault(row["image"], row)
+        if any(first[part] != row[part] for part in ("patient", "site", "split")):
+            objections.append(f"line {line}: an image's boxes differ in patient, site or split")
+        box = " ".join((record[column] or "").strip() for column in (name, *CORNERS))
+        try:
+            boxes.read(box)
+        except DataError as error:
+            objections.append(f"line {line}: {error}")
+        first["label"] += "; " * bool(first["label"]) + box
+    _refuse(objections)
+    return list(rows.values())
 
 
 def write_manifests(
@@ -138,14 +211,14 @@ def _row(record: Mapping[str, str], *, image: str, patient: str, label: str) -> 
         "patient": name,
         "label": (record.get(label) or "").strip(),
         "split": split or split_of(name, key="consilia demo", test=0.2, val=0.1),
-        "site": (record["site"] or "").strip(),
+        "site": (record.get("site") or "").strip(),
     }
 
 
 def _column(records: Sequence[Mapping[str, str]], names: Sequence[str]) -> str:
     found = next((name for name in names if name in records[0]), None)
     if found is None:
-        raise DataError(f"manifest.csv: missing column {names[0]}; looked for {', '.join(names)}")
+        raise DataError(f"{MANIFEST}: missing column {names[0]}; looked for {', '.join(names)}")
     return found
 
 
@@ -155,6 +228,8 @@ def _label_column(
     """Maps: the column that holds them. Classes: the first whose every value is a small number."""
     if labels == "none":
         return ""
+    if labels == "boxes":
+        return _column(records, ("label", "boxes"))
     if labels == "map":
         names = [n for n in MAP_COLUMNS if n in records[0] and not _are_classes(records, n)]
         expected = f"a column with label maps, {' or '.join(MAP_COLUMNS)}"
@@ -178,7 +253,8 @@ def _are_classes(records: Sequence[Mapping[str, str]], name: str) -> bool:
 
 def _objections(rows: Sequence[Mapping[str, str]], root: Path, *, labels: Labels) -> Iterator[str]:
     splits: dict[str, str] = {}
-    for line, row in enumerate(rows, start=2):
+    for number, row in enumerate(rows, start=2):
+        line = row.get("line", number)
         if not row["image"] or not row["patient"]:
             yield f"line {line}: expected an image and a patient"
         elif splits.setdefault(row["patient"], row["split"]) != row["split"]:
@@ -189,6 +265,8 @@ def _objections(rows: Sequence[Mapping[str, str]], root: Path, *, labels: Labels
             yield f"line {line}: an image without a label"
         elif labels == "map" and not (root / row["label"]).exists():
             yield f"line {line}: the label map is missing from the folder"
+        elif labels == "boxes" and (said := _objection_to_boxes(row["label"])):
+            yield f"line {line}: {said}"
         if not SITE_NAME.match(row["site"]):
             yield f"line {line}: expected a site name of letters, digits, - and _"
         if row["split"] not in SPLITS:
@@ -204,12 +282,22 @@ def _objections(rows: Sequence[Mapping[str, str]], root: Path, *, labels: Labels
         yield "no patients in split val; the coordinator validates on them"
 
 
+def _objection_to_boxes(label: str) -> str:
+    try:
+        boxes.read(label)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
 def _classes(
     rows: Sequence[Mapping[str, str]], root: Path, *, labels: Labels, column: str
 ) -> tuple[str, ...]:
-    """Return the classes' names; none where there are no labels, or a label names its own."""
-    if labels in ("none", "boxes"):
+    """Return the classes' names; none where there are no labels."""
+    if labels == "none":
         return ()
+    if labels == "boxes":
+        return tuple(sorted({box.name for row in rows for box in boxes.read(row["label"])}))
     if labels == "class":
         numbers = sorted({int(row["label"]) for row in rows})
         return (

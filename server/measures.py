@@ -73,6 +73,18 @@ MEASURES: dict[str, Measure] = {
     "distance_mm": Measure(
         "Distance", "mm", "lower", "How far from the landmark it ends; less is better."
     ),
+    "map50": Measure(
+        "Average precision at half overlap",
+        "",
+        "higher",
+        "How well boxes are found: how many of them, and how few that are none, at any certainty.",
+    ),
+    "froc": Measure(
+        "FROC score",
+        "",
+        "higher",
+        "The share of boxes found where 1/8 to 8 false ones per picture are put up with.",
+    ),
     "dice": Measure(
         "Dice",
         "",

@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from server.hospitals import IMAGE_COLUMNS, DataSet, Labels
+from server.hospitals import IMAGE_COLUMNS, DataSet, Labels, listing
 from server.start import StartTerms
 from shared_models.errors import ConsiliaError
 from shared_models.plan import StudyPlan, planned_events
@@ -62,7 +62,7 @@ def plan_for(
     if num_rounds is not None:
         recipe["training"]["num_rounds"] = num_rounds
     recipe.pop("start", None)
-    if recipe.pop("labels", "class") in ("class", "map"):
+    if recipe.pop("labels", "class") != "none":
         params = {"classes": list(data.classes), **recipe["task"].get("params", {})}
         recipe["task"]["params"] = params
     is_split = recipe.get("rounds", {}).get("secure_aggregation", False)
@@ -152,17 +152,20 @@ def check_task(task: str) -> None:
 def labels_of(task: str, folder: Path) -> Labels:
     """Return what labels the recipe for ``task`` wants of the images that ``folder`` lists.
 
-    Where there is no such recipe or manifest, ``class``: adopting and planning say what is wrong.
+    Where there is no recipe for such images, what those for others agree on; else ``class``, and
+    adopting and planning say what is wrong.
     """
     try:
-        with (folder / "manifest.csv").open(newline="", encoding="utf-8-sig") as handle:
+        with listing(folder).open(newline="", encoding="utf-8-sig") as handle:
             first = next(csv.DictReader(handle))
     except (OSError, UnicodeDecodeError, csv.Error, StopIteration):
         return "class"
     image = next((first[name] or "" for name in IMAGE_COLUMNS if name in first), "")
     wanted = f"{task}-{_kind(Path(image))}"
-    labels: Labels = _read(wanted).get("labels", "class") if wanted in _known() else "class"
-    return labels
+    known = [name for name in _known() if name.rpartition("-")[0] == task]
+    names = [wanted] if wanted in known else known
+    found: set[Labels] = {_read(name).get("labels", "class") for name in names}
+    return found.pop() if len(found) == 1 else "class"
 
 
 def kind_of(data: DataSet) -> str:

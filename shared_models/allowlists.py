@@ -133,6 +133,8 @@ def _made_objections(plan: StudyPlan, plugins: Collection[str]) -> Iterator[str]
             )
         if task.not_private and plan.privacy is not None:
             yield f"task: '{plan.task.name}' cannot be private: {task.not_private}"
+        if task.label_kind == "boxes" and task.moved is tasks.moved_map:
+            yield from _unmoved_objections(plan)
     except Exception as error:
         yield f"task or net: {type(error).__name__}: {error}"
         return
@@ -151,12 +153,22 @@ def _label_objections(plan: StudyPlan, label_kind: str) -> Iterator[str]:
     terms = plan.fingerprint
     if terms is None:
         return
-    expected = {"class": "label", "map": "present"}[label_kind]
+    expected = {"class": "label", "map": "present"}.get(label_kind, "none")
     if terms.classes not in ("none", expected):
         yield f"fingerprint.classes: this task's labels are counted as '{expected}', or left out"
     is_within = terms.intensity is not None and terms.intensity.within == "foreground"
     if is_within and label_kind != "map":
         yield "fingerprint.intensity.within: this task has no label maps; ask for 'image'"
+
+
+def _unmoved_objections(plan: StudyPlan) -> Iterator[str]:
+    """Yield what would move images whose boxes the task leaves where they are."""
+    for name in ("flips", "shift"):
+        if getattr(plan.training, name):
+            yield (
+                f"training.{name}: the boxes of task '{plan.task.name}' do not move with their "
+                f"images; take {name} out"
+            )
 
 
 def _names(function: object) -> set[str]:

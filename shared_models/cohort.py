@@ -1,9 +1,10 @@
 """A manifest and its images become patients: what both a site and the coordinator train or test on.
 
 A manifest is a CSV beside (or above) the images with the columns ``image`` (a path relative to the
-root), ``patient``, ``label`` (a class, or the path of a label map) and, optionally, ``split``
-(train, val or test; otherwise a keyed hash of the patient decides). One row is one image; a row
-whose image is a folder is one DICOM series. For a two-dimensional net every slice is an image.
+root), ``patient``, ``label`` (a class, the path of a label map, or boxes: see ``boxes.py``) and,
+optionally, ``split`` (train, val or test; otherwise a keyed hash of the patient decides). One row
+is one image; a row whose image is a folder is one DICOM series. For a two-dimensional net every
+slice is an image.
 
 Guarantees:
     A patient is in one split only, with at least one image and a label for each.
@@ -22,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared_models import boxes
 from shared_models.errors import DataError
 from shared_models.imaging import Pair, pipeline
 from shared_models.plan import StudyPlan
@@ -49,7 +51,7 @@ class Patient(NamedTuple):
 
     Attributes:
         images: float32 (n, channel, [z,] y, x).
-        targets: int64 (n,) or (n, [z,] y, x).
+        targets: int64 (n,) or (n, [z,] y, x); of boxes as the task encodes them.
         spacing_mm: of each image, ([z,] y, x).
         foreground: of each image where the plan asks for it, flat indices of the voxels whose label
             is not 0, in order.
@@ -122,7 +124,9 @@ def load(
     for done, row in enumerate(sorted(rows, key=lambda r: (r.patient, r.image))):
         try:
             pair = _pair(row, root=root, task=task, prepare=prepare)
-            examples = _examples(row, pair, task=task, dims=spatial_dims, patch=terms.patch)
+            examples = _examples(
+                row, pair, root=root, task=task, dims=spatial_dims, patch=terms.patch
+            )
             if terms.patch_foreground is not None and pair[1] is not None:
                 examples = _with_foreground(examples, foreground(pair[1].data))
             grouped.setdefault((row.split, row.patient), []).extend(examples)
@@ -249,7 +253,7 @@ def _pair(row: Row, *, root: Path, task: Task, prepare: Prepare) -> Pair:
 
 
 def _examples(
-    row: Row, pair: Pair, *, task: Task, dims: int, patch: tuple[int, ...]
+    row: Row, pair: Pair, *, root: Path, task: Task, dims: int, patch: tuple[int, ...]
 ) -> list[Example]:
     """Return each image of a row: slices if ``dims`` is 2."""
     volume, map_ = pair
@@ -259,6 +263,15 @@ def _examples(
             "the image is smaller than the plan's patch after its imaging steps; end them with "
             "'pad' or 'crop-or-pad', or plan smaller patches"
         )
+    if task.label_kind == "boxes":
+        if dims == 3:
+            raise DataError("boxes are for nets of two dimensions; ask for a plan with one")
+        if patch:
+            raise DataError("boxes are not cut with patches; ask for a plan without training.patch")
+        listed, before = boxes.read(row.label), read_volume(root / row.image)
+        found = boxes.prepared(listed, before=before, after=volume)
+        target = task.encode_boxes(found, (volume.data.shape[1], volume.data.shape[2]))
+        return [Example(image[:, 0], target, volume.spacing_mm[1:], None)]
     if map_ is not None:
         codes = task.encode_map(map_.data)  # also where only patches of it will be needed: a check
         target = torch.from_numpy(map_.data if patch else codes)

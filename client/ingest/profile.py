@@ -121,12 +121,12 @@ def code_meanings() -> dict[tuple[str, str], str]:
     from pydicom.sr._snomed_dict import mapping
 
     schemes: dict[str, dict[str, dict[str, tuple[str, object]]]] = concepts  # type: ignore[assignment]
-    found = {
-        (scheme, value): meaning
-        for scheme, keywords in schemes.items()
-        for values in keywords.values()
-        for value, (meaning, *_) in values.items()
-    }
+    found: dict[tuple[str, str], str] = {}
+    for scheme, keywords in schemes.items():
+        for values in keywords.values():
+            for value, (meaning, *_) in values.items():  # of several, the shortest: Liver
+                known = found.get((scheme, value), meaning)
+                found[scheme, value] = min(known, meaning, key=lambda text: (len(text), text))
     for old, new in mapping["SRT"].items():
         found["SRT", old] = found.get(("SCT", new), old)
     return found

@@ -49,8 +49,9 @@ def manifest(case: Case) -> Iterator[Finding]:
         yield Finding(what, False, said, "data", cure)
         return
     key = "" if case.plan is None else cohort.plan_key(case.plan)
+    has_labels = case.plan is None or _task(case, case.plan).label_kind != "none"
     try:
-        case.rows = cohort.read_rows(data.manifest, root=data.root, key=key)
+        case.rows = cohort.read_rows(data.manifest, root=data.root, key=key, has_labels=has_labels)
     except DataError as error:
         named = f"{data.manifest.name}: "
         found = [
@@ -99,16 +100,18 @@ def labels(case: Case) -> Iterator[Finding]:
     order = _order(case, case.plan, task)
     if order is not None:
         yield order
-    if task.label_kind == "map":
+    if task.label_kind in ("map", "none"):
         return  # what maps hold is seen when they are opened
-    unknown = sum(not _is_known(row.label, task) for row in case.rows)
+    held = [(row.split, _held(row.label, task, classes)) for row in case.rows]
+    unknown = sum(found is None for _, found in held)
     if unknown:
-        said = f"{unknown} of {several(len(case.rows), 'label')} are none of the plan's classes"
+        kinds = "no boxes of" if task.label_kind == "boxes" else "none of"
+        said = f"{unknown} of {several(len(case.rows), 'label')} are {kinds} the plan's classes"
         cure = f"correct them to {', '.join(classes)}, or ask for a plan that names them"
         yield Finding("labels", False, said, "data", cure, {"unknown": unknown})
         return
     counts = {
-        split: Counter(task.encode_class(row.label) for row in case.rows if row.split == split)
+        split: Counter(number for of, found in held if of == split for number in found or ())
         for split in ("train", "test")
     }
     absent = [
@@ -203,7 +206,9 @@ def _order(case: Case, plan: StudyPlan, task: Task) -> Finding | None:
         said, _, cure = objection.partition("; ")
         return Finding("labels", False, said, "data", cure)
     is_numbers = task.label_kind == "map" or any(
-        row.label not in classes and _is_known(row.label, task) for row in case.rows
+        row.label not in classes and _held(row.label, task, classes) is not None
+        for row in case.rows
+        if task.label_kind == "class"
     )
     if not is_numbers or case.config.data.classes:
         return None
@@ -218,7 +223,7 @@ def _order(case: Case, plan: StudyPlan, task: Task) -> Finding | None:
 
 def _seen(row: Row, case: Case) -> Seen:
     """Open one image as training does, and return what can be told of it."""
-    from shared_models import cohort
+    from shared_models import boxes, cohort
     from shared_models.imaging import pipeline
     from shared_models.volume import read_volume
 
@@ -232,12 +237,15 @@ def _seen(row: Row, case: Case) -> Seen:
     label_file = root / row.label if task.label_kind == "map" else None
     original, label = cohort.read_pair(root / row.image, label_file)
     made, label = prepare(original, label)
-    if label is not None:
-        try:
+    try:
+        if label is not None:
             encoded = task.encode_map(label.data)
-        except ValueError as error:  # the task's own words: what it expected
-            raise DataError(f"{error}; correct the label maps, or ask for another plan") from None
-        classes = frozenset(int(number) for number in set(encoded.ravel().tolist()))
+            classes = frozenset(int(number) for number in set(encoded.ravel().tolist()))
+        if task.label_kind == "boxes":
+            found = boxes.prepared(boxes.read(row.label), before=original, after=made)
+            task.encode_boxes(found, made.data.shape[1:])
+    except ValueError as error:  # the task's own words: what it expected
+        raise DataError(f"{error}; correct the labels, or ask for another plan") from None
     if plan.net.params.get("spatial_dims", 2) == 3:
         return Seen(1, made.data.shape, original.spacing_mm, made.spacing_mm, classes)
     return Seen(
@@ -268,12 +276,18 @@ def _classes(plan: StudyPlan) -> list[str]:
     return [str(name) for name in given] if isinstance(given, tuple) else []
 
 
-def _is_known(label: str, task: Task) -> bool:
+def _held(label: str, task: Task, classes: Sequence[str]) -> list[int] | None:
+    """Return the class numbers that a label holds; None if the task does not know it."""
+    from shared_models import boxes
+
     try:
-        task.encode_class(label)
-    except ValueError:
-        return False
-    return True
+        if task.label_kind != "boxes":
+            return [task.encode_class(label)]
+        listed = boxes.read(label)
+        task.encode_boxes(listed, (1, 1))
+        return [classes.index(box.name) for box in listed]
+    except (DataError, ValueError):
+        return None
 
 
 def _sample(rows: Sequence[Row], most: int) -> Sequence[Row]:

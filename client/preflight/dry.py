@@ -220,6 +220,7 @@ def _made_up(job: Job, plan: StudyPlan, task: Any, number: int) -> list[Any]:
 
     from shared_models.cohort import Patient
     from shared_models.imaging import pipeline
+    from shared_models.tasks import Box
     from shared_models.volume import Volume
 
     dims = int(str(plan.net.params.get("spatial_dims", 2)))
@@ -238,8 +239,17 @@ def _made_up(job: Job, plan: StudyPlan, task: Any, number: int) -> list[Any]:
     if task.label_kind == "map":
         maps = torch.randint(task.num_outputs, (each, *shape), generator=generator)
         return [Patient(images, maps, spacing) for _ in range(number)]
-    classes = torch.arange(max(number * each, 1)) % task.num_outputs
-    return [Patient(images, classes[i * each : (i + 1) * each], spacing) for i in range(number)]
+    if task.label_kind == "boxes":
+        y, x = shape
+        classes = plan.task.params.get("classes", ())
+        names = list(map(str, classes))[:3] if isinstance(classes, tuple) else []
+        listed = [Box(name, (x / 4, y / 4), (x / 2, y / 2)) for name in names]
+        target = task.encode_boxes(listed, (y, x))
+        return [Patient(images, torch.stack([target] * each), spacing) for _ in range(number)]
+    if task.label_kind == "none":
+        return [Patient(images, torch.zeros(each).long(), spacing) for _ in range(number)]
+    numbers = torch.arange(max(number * each, 1)) % task.num_outputs
+    return [Patient(images, numbers[i * each : (i + 1) * each], spacing) for i in range(number)]
 
 
 def _timed_step(

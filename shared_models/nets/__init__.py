@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 BUILTIN = {
     "centres": "shared_models.nets.centres:make",
+    "centernet": "shared_models.nets.centernet:make",
     "densenet": "shared_models.nets.densenet:make",
     "dncnn": "shared_models.nets.dncnn:make",
     "gan": "shared_models.nets.gan:make",

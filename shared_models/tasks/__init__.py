@@ -3,12 +3,13 @@
 ``BUILTIN`` names each task's ``make(**params) -> Task``. See ``base.py`` for what a task is.
 """
 
-from shared_models.tasks.base import Box, Free, Task, as_it_is, objection_to_loss
+from shared_models.tasks.base import Box, Free, Task, as_it_is, moved_map, objection_to_loss
 
 BUILTIN = {
     "classification": "shared_models.tasks.classification:make",
     "clustering": "shared_models.tasks.clustering:make",
     "denoising": "shared_models.tasks.denoising:make",
+    "detection": "shared_models.tasks.detection:make",
     "enhancement": "shared_models.tasks.enhancement:make",
     "generation": "shared_models.tasks.generation:make",
     "localization": "shared_models.tasks.localization:make",
@@ -17,4 +18,4 @@ BUILTIN = {
     "series-classification": "shared_models.tasks.series:make",
 }
 
-__all__ = ["BUILTIN", "Box", "Free", "Task", "as_it_is", "objection_to_loss"]
+__all__ = ["BUILTIN", "Box", "Free", "Task", "as_it_is", "moved_map", "objection_to_loss"]

@@ -54,6 +54,16 @@ def as_it_is(
     return image, target
 
 
+def moved_map(
+    target: Tensor, is_mirrored: bool, steps: tuple[int, ...], size: tuple[int, ...]
+) -> Tensor:
+    """Return a label map moved as its image was; a number stays as it is."""
+    if not target.ndim:
+        return target
+    target = target.flip(-1) if is_mirrored else target
+    return target.roll(steps, tuple(range(-len(steps), 0))) if any(steps) else target
+
+
 def _run(net: Module, inputs: Tensor) -> Tensor:
     outputs: Tensor = net(inputs)
     return outputs
@@ -79,6 +89,8 @@ class Task(NamedTuple):
         view: (image, target, randomness, is_training) to the net's input and what it is held to:
             a noisy image and the clean one, say. Images of one shape give inputs of one shape.
             When not training, ``randomness`` is the same for the same image.
+        moved: (target, is_mirrored, steps, size) to the target of an image of ``size`` ([z,] y, x)
+            that was mirrored left to right, if so, then rolled by ``steps`` voxels along its axes.
         run: (net, inputs) to what is scored, where that is more than the net's own answer.
         free: a loss that sees no patient.
         warm: (net, images, targets) to (batch,): what a warm start is trained by, if not ``loss``.
@@ -102,6 +114,7 @@ class Task(NamedTuple):
     encode_map: Callable[[NDArray[np.float32]], NDArray[np.int64]] = _no_label
     encode_boxes: Callable[[Sequence[Box], tuple[int, int]], Tensor] = _no_label
     view: Callable[[Tensor, Tensor, Randomness, bool], tuple[Tensor, Tensor]] = as_it_is
+    moved: Callable[[Tensor, bool, tuple[int, ...], tuple[int, ...]], Tensor] = moved_map
     run: Callable[[Module, Tensor], Tensor] = _run
     free: Free | None = None
     warm: Callable[[Module, Tensor, Tensor], Tensor] | None = None

@@ -30,7 +30,11 @@ from shared_models.registry import find
 from shared_models.weights import load
 
 KEY = "0" * 64
-SETS = {"cxr_pneumonia": ("classification", 0.895), "hippocampus_mr": ("segmentation", 0.813)}
+SETS = {
+    "blood_cells_boxes": ("detection", 0.664),
+    "cxr_pneumonia": ("classification", 0.895),
+    "hippocampus_mr": ("segmentation", 0.813),
+}
 
 
 def run_study(data: DataSet, task: str, seed: int, folder: Path) -> tuple[StudyPlan, StudyReport]:

@@ -20,10 +20,11 @@ from client.bookkeeping.book import Book
 from client.dp import Batch, Engine, Loss, Sums, opacus_engine, trainable
 from shared_models import nets
 from shared_models.nets.base import made_private_ready
-from shared_models.tasks import classification, segmentation
+from shared_models.tasks import Box, classification, detection, segmentation
 
 CLASSES = classification.make(classes=("a", "b", "c"))
 ORGANS = segmentation.make(classes=("a", "b"))
+FINDS = detection.make(classes=("a", "b"), most_boxes=4)
 COUNTS = {"one each": [1] * 4, "alike": [3, 3], "unlike": [1, 3, 2], "far apart": [1, 1, 9, 1]}
 Make = Callable[[], nn.Module]
 
@@ -360,6 +361,18 @@ def test_the_sum_equals_a_plain_loop_over_patients(name: str, images: str) -> No
     for norm, most in ((0.1, 4), (2.0, 100), (1e6, 5)):  # all are clipped, some are, none is
         found = clipped(net, task.loss, batch, norm=norm, most=most)
         assert relative(found, patient_by_patient(net, task.loss, batch, norm=norm)) < 1e-5
+
+
+def test_the_sum_of_a_detector_equals_a_plain_loop_over_patients() -> None:
+    """Its loss weighs places by the boxes, and some images have none."""
+    params = {"stem": [4], "channels": [8, 8]}
+    net = nets.make("centernet", params, seed=1, num_outputs=6).train()
+    boxes = [Box("a", (2, 3), (9, 12)), Box("b", (5, 8), (15, 14))]
+    listed = [FINDS.encode_boxes(boxes[n % 2 :][: n % 3], (16, 16)) for n in range(6)]
+    batch = batch_of([1, 3, 2], shape=(1, 16, 16))._replace(targets=torch.stack(listed))
+    for norm in (0.1, 1e6):
+        found = clipped(net, FINDS.loss, batch, norm=norm, most=4)
+        assert relative(found, patient_by_patient(net, FINDS.loss, batch, norm=norm)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["densenet 2-D", "unet 2-D group 2", "unet 3-D instance 0"])

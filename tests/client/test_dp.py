@@ -17,10 +17,11 @@ from client import dp
 from client.dp import Batch, add_noise, opacus_engine, plain_engine, trainable
 from shared_models import nets
 from shared_models.randomness import seeded
-from shared_models.tasks import classification, segmentation
+from shared_models.tasks import Box, classification, detection, segmentation
 
 CLASSES = classification.make(classes=("a", "b", "c"))
 ORGANS = segmentation.make(classes=("a", "b"))
+FINDS = detection.make(classes=("a", "b"), most_boxes=4)
 
 NETS = {
     "densenet in 2-D": (
@@ -112,6 +113,18 @@ def test_the_sum_equals_a_plain_loop_over_patients(name: str, most_images: int) 
     for norm in (0.1, 2.0, 1e6):  # all are clipped, some are, none is
         found = clipped(net, task.loss, batch, norm=norm, most=most_images)
         assert relative(found, patient_by_patient(net, task.loss, batch, norm=norm)) < 1e-5
+
+
+def test_the_sum_of_a_detector_equals_a_plain_loop_over_patients() -> None:
+    """Its loss weighs places by the boxes, and some images have none."""
+    params = {"stem": [4], "channels": [8, 8]}
+    net = nets.make("centernet", params, seed=1, num_outputs=6).train()
+    boxes = [Box("a", (2, 3), (9, 12)), Box("b", (5, 8), (15, 14))]
+    listed = [FINDS.encode_boxes(boxes[n % 2 :][: n % 3], (16, 16)) for n in range(6)]
+    batch = batch_of([1, 3, 2], size=(16, 16))._replace(targets=torch.stack(listed))
+    for norm in (0.1, 1e6):
+        found = clipped(net, FINDS.loss, batch, norm=norm, most=4)
+        assert relative(found, patient_by_patient(net, FINDS.loss, batch, norm=norm)) < 1e-5
 
 
 @settings(deadline=None, derandomize=True, max_examples=40)

@@ -601,6 +601,49 @@ def test_label_maps_are_opened_and_their_numbers_held_against_the_classes(
     assert mark not in str(found)
 
 
+FINDS = {
+    "task": {"name": "detection", "params": {"classes": ["cell", "big cell"]}},
+    "net": {"name": "centernet", "params": {"stem": [4], "channels": [8, 8]}},
+    "imaging": [{"name": "resize", "params": {"size": [16, 16]}}],
+}
+
+
+@pytest.mark.parametrize(
+    ("label", "what", "ok", "words"),
+    [
+        ("cell 1 2 9 9; big cell 3 3 12 12", "labels", True, "to train on: cell 24, big cell 24"),
+        ("none", "labels", None, "no cell to train on, no big cell to train on"),
+        ("cell 1 2 9 9", "labels", None, "no big cell to train on"),
+        ("MARK 1 2 9 9", "labels", False, "36 of 36 labels are no boxes of the plan's classes"),
+        ("cell 1 2 1 9", "labels", False, "36 of 36 labels are no boxes of the plan's classes"),
+        ("cell 1 2 900 9", "images", False, "36 images: a box reaches outside its image"),
+    ],
+)
+def test_boxes_are_held_against_the_plans_classes_and_their_images(
+    label: str, what: str, ok: bool | None, words: str, case_of, hospital, mark: str
+) -> None:
+    rewrite(hospital, lambda _, row: row.update(label=label.replace("MARK", mark)))
+    found = data_findings(case_of(FINDS))
+    assert (found[what].ok, found[what].owner) == (ok, "data")
+    assert words in found[what].said
+    assert mark not in str(found)
+
+
+ORDER = {
+    "task": {"name": "series-classification", "params": {"labels": "order"}},
+    "net": {"name": "recurrent", "params": {"spatial_dims": 3, "channels": [4], "hidden": 4}},
+    "imaging": [{"name": "resize", "params": {"size": [16, 16]}}],
+}
+
+
+def test_a_task_that_wants_no_labels_is_told_nothing_of_them(case_of, hospital) -> None:
+    rewrite(hospital, lambda _, row: row.update(label=""))
+    found = data_findings(case_of(ORDER))
+    assert found["manifest"].ok
+    assert "labels" not in found
+    assert data_findings(case_of())["manifest"].ok is False
+
+
 # --- the dry batch
 
 
@@ -640,6 +683,19 @@ def test_made_up_patients_are_enough_for_every_metric(is_private: bool, case_of)
     found = taken(case_of(changes))
     assert found.trouble == ""
     assert set(found.metrics) == {"dice", "dice_lesion", "hd95", "hd95_lesion"}
+
+
+@pytest.mark.parametrize("is_private", [True, False])
+def test_made_up_boxes_are_enough_for_every_metric(is_private: bool, case_of) -> None:
+    found = taken(case_of(FINDS | ({} if is_private else {"privacy": None})))
+    assert found.trouble == ""
+    assert {"map50", "map50_cell", "froc", "froc_big_cell"} <= set(found.metrics)
+
+
+def test_made_up_images_without_labels_are_enough_for_a_metric(case_of) -> None:
+    found = taken(case_of(ORDER), image_size=(5, 16, 16))
+    assert found.trouble == ""
+    assert "accuracy" in found.metrics
 
 
 def test_metrics_that_stay_are_told(case_of) -> None:

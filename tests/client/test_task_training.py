@@ -11,7 +11,7 @@ from shared_models import nets
 from shared_models.cohort import Patient
 from shared_models.evaluation import evaluate, evaluate_baselines
 from shared_models.randomness import seeded
-from shared_models.tasks import generation, localization
+from shared_models.tasks import Box, detection, generation, localization
 
 # --- localization
 
@@ -145,3 +145,57 @@ def test_pictures_of_each_class_are_learned(plan_of) -> None:
     after = evaluate(net, test, task=GENERATION).metrics
     assert after["frechet"] < 0.8 * before["frechet"]
     assert after["auc_synthetic"] > 0.9
+
+
+# --- detection
+
+DETECTION = detection.make(classes=("wide", "high"), most_boxes=4)
+
+
+def with_boxes(count: int, *, seed: int) -> list[Patient]:
+    """Return dark pictures with bright things on them, wider than high or higher than wide."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for number in range(count):
+        image, boxes = 0.1 * torch.rand((1, 1, 32, 48), generator=generator), list[Box]()
+        for part in range(number % 3):
+            width, height = ((12, 6), (6, 12))[(number + part) % 2]
+            x = 24 * part + int(torch.randint(24 - width, (1,), generator=generator))
+            y = int(torch.randint(32 - height, (1,), generator=generator))
+            image[..., y : y + height, x : x + width] += 1
+            name = "wide" if width > height else "high"
+            boxes.append(Box(name, (x, y), (x + width, y + height)))
+        target = DETECTION.encode_boxes(boxes, (32, 48))
+        made.append(Patient(image, target[None], ((1.0, 1.0),)))
+    return made
+
+
+def test_boxes_are_found_and_move_with_their_images(plan_of) -> None:
+    plan = plan_of(
+        {
+            "privacy": None,
+            "training.num_rounds": 1,
+            "training.steps_per_round": 60,
+            "training.sample_rate": 0.5,
+            "training.flips": True,
+            "training.shift": 4,
+            "training.optimizer": "adamw",
+            "training.learning_rate": 0.01,
+        }
+    )
+    params = {"stem": [8, 16], "channels": [16, 16]}
+    net = nets.make("centernet", params, seed=0, num_outputs=6)
+    test = with_boxes(12, seed=1)
+    before = evaluate(net, test, task=DETECTION).metrics
+    train(
+        net,
+        with_boxes(24, seed=0),
+        plan=plan,
+        task=DETECTION,
+        rounds=[0],
+        randomness=seeded(0),
+        performance=Performance(),
+    )
+    after = evaluate(net, test, task=DETECTION).metrics
+    assert after["map50"] > 0.8 > 0.2 > before["map50"]
+    assert after["froc"] > 0.8

@@ -33,7 +33,7 @@ from shared_models import nets
 from shared_models.cohort import Patient
 from shared_models.plan import StudyPlan, Training
 from shared_models.randomness import Randomness, seeded
-from shared_models.tasks import Free, classification
+from shared_models.tasks import Free, classification, moved_map
 
 TASK = classification.make(classes=("clear", "opaque"))
 TERMS = Training(num_rounds=3, steps_per_round=2, sample_rate=0.3, learning_rate=0.1)
@@ -217,6 +217,25 @@ def test_flips_turn_label_maps_with_their_images(flips: bool) -> None:
             is_flipped.append(bool((steps == -1).all()))
             assert is_flipped[-1] or (steps == 1).all()
     assert 400 < sum(is_flipped) < 600 if flips else not any(is_flipped)
+
+
+def test_a_target_that_is_no_map_moves_as_its_task_says() -> None:
+    """Told by the task's own function, which is given what was done to the image."""
+    terms = TERMS.model_copy(update={"flips": True, "shift": 2, "sample_rate": 1.0})
+    patients, told = patients_of([2, 3], maps=True), []
+
+    def moved(
+        target: torch.Tensor, is_mirrored: bool, steps: tuple[int, ...], size: tuple[int, ...]
+    ) -> torch.Tensor:
+        told.append((is_mirrored, *steps))
+        assert size == tuple(target.shape)
+        return moved_map(target, is_mirrored, steps, size)
+
+    for seed in range(40):
+        batch = draw(patients, terms=terms, randomness=seeded(seed), moved=moved)
+        assert torch.equal(batch.images[:, 0].long(), batch.targets)
+    assert {is_mirrored for is_mirrored, *_ in told} == {False, True}
+    assert {step for _, *steps in told for step in steps} == {-2, -1, 0, 1, 2}
 
 
 def test_each_image_is_flipped_by_its_own_chance() -> None:

@@ -306,6 +306,7 @@ def test_phantom_hospitals_are_joined_into_one_data_set(tmp_path: Path) -> None:
     [
         ("cxr_pneumonia", "classification", 4, 2034),
         ("hippocampus_mr", "segmentation", 3, 202),
+        ("blood_cells_boxes", "detection", 3, 289),
     ],
 )
 def test_real_data_sets_become_hospitals(
@@ -314,4 +315,97 @@ def test_real_data_sets_become_hospitals(
     if not (data_dir / name).is_dir():
         pytest.skip(f"no {name} among the real images")
     data: DataSet = adopt(data_dir / name, labels=recipes.labels_of(task, data_dir / name))
-    assert (len(data.sites), len(data.rows), len(data.classes)) == (sites, rows, 2)
+    num_classes = 3 if task == "detection" else 2
+    assert (len(data.sites), len(data.rows), len(data.classes)) == (sites, rows, num_classes)
+
+
+BOXES_HEADER = "file,class,xmin,ymin,xmax,ymax,block,split,flag"
+
+
+def box_lines() -> list[str]:
+    """Return two boxes for each image; the second of the very first is flagged."""
+    lines = []
+    for line in good_lines():
+        image, _, site, _, split = line.split(",")
+        lines += [f"{image},red cell,1,1,3,3,{site},{split},"]
+        lines += [f"{image},platelet,0,0.5,2,2,{site},{split},"]
+    lines[1] = lines[1].replace("0,0.5,2,2", "2,2,2,2") + "degenerate"
+    return lines
+
+
+def write_boxes(folder: Path, lines: Sequence[str], *, header: str = BOXES_HEADER) -> Path:
+    (folder / "boxes.csv").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_a_table_of_boxes_becomes_a_row_for_each_image(folder: Path, tmp_path: Path) -> None:
+    write_boxes(folder, box_lines())
+    assert recipes.labels_of("detection", folder) == "boxes"
+    data = adopt(folder, labels="boxes")
+    assert (data.sites, data.classes) == (("east", "west"), ("platelet", "red cell"))
+    assert data.training_patients() == {"east": 7, "west": 7}, "an image is its own patient"
+    first, second = data.rows[:2]
+    assert first["label"] == "red cell 1 1 3 3", "a box with a flag is left out"
+    assert second["label"] == "red cell 1 1 3 3; platelet 0 0.5 2 2"
+    site_dirs = {site: tmp_path / "sites" / site for site in data.sites}
+    write_manifests(data, site_dirs=site_dirs, validation=tmp_path / "val.csv")
+    rows = read_rows(site_dirs["east"] / "manifest.csv", root=folder, key="k")
+    assert [row.label for row in rows[:2]] == [first["label"], second["label"]]
+
+
+def test_an_image_with_nothing_but_flagged_boxes_is_left_out(folder: Path) -> None:
+    lines = box_lines()
+    lines[2:4] = [line + "degenerate" for line in lines[2:4]]
+    data = adopt(write_boxes(folder, lines), labels="boxes")
+    assert len(data.rows) == 19
+
+
+def test_a_patient_named_beside_the_boxes_is_the_patient(folder: Path) -> None:
+    lines = [f"p{n // 4 % 3 if 'train' in x else x[:12]},{x}" for n, x in enumerate(box_lines())]
+    lines = [line.replace("p", f"{'east' in line}", 1) for line in lines]
+    data = adopt(write_boxes(folder, lines, header=f"patient_id,{BOXES_HEADER}"), labels="boxes")
+    assert data.training_patients() == {"east": 3, "west": 3}
+
+
+def test_bad_boxes_are_told_by_line_with_the_cure_and_without_a_value(folder: Path) -> None:
+    lines = box_lines()
+    lines[0] = lines[0].replace("1,1,3,3", "3,1,3,3")
+    lines[2] = lines[2].replace("1,1,3,3", f"1,1,{MARK},3")
+    lines[4] = lines[4].replace("train", "val")
+    found = objections(write_boxes(folder, lines), task="detection")
+    assert found[0].startswith("line 2: a box of no size")
+    assert found[0].endswith("correct the box or remove it")
+    assert found[1].startswith("line 4: expected boxes as")
+    assert found[2] == "line 7: an image's boxes differ in patient, site or split"
+
+
+def test_an_image_that_is_missing_is_told_by_the_line_of_its_first_box(folder: Path) -> None:
+    lines = box_lines()
+    lines[8:10] = [line.replace("film-", f"{MARK}-") for line in lines[8:10]]
+    found = objections(write_boxes(folder, lines), task="detection")
+    assert found == ["line 10: the image is missing; restore it or remove the line"]
+
+
+def test_a_manifest_with_boxes_is_understood_and_its_classes_are_those_of_the_boxes(
+    folder: Path,
+) -> None:
+    lines = [
+        line.replace(",0,", ",cell 1 1 3 3,").replace(",1,", ",none,") for line in good_lines()
+    ]
+    write(folder, lines, header="image,patient,site,label,split")
+    assert adopt(folder, labels="boxes").classes == ("cell",)
+    assert adopt(folder, labels="boxes", classes=["cell"]).classes == ("cell",)
+    with pytest.raises(DataError, match="expected the classes that the boxes name"):
+        adopt(folder, labels="boxes", classes=[MARK])
+    write(
+        folder, [*lines, f"film.png,p,east,{MARK},train"], header="image,patient,site,label,split"
+    )
+    (objection,) = objections(folder, task="detection")
+    assert objection.startswith("line 22: expected boxes as")
+
+
+@pytest.mark.parametrize("column", ["file", "class", "ymax", "block"])
+def test_a_missing_column_of_boxes_is_named(folder: Path, column: str) -> None:
+    header = BOXES_HEADER.replace(column, "other")
+    (objection,) = objections(write_boxes(folder, box_lines(), header=header), task="detection")
+    assert "missing column" in objection

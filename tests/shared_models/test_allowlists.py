@@ -15,7 +15,7 @@ from shared_models.allowlists import STRATEGIES, STRATEGY_PARAMS, objections, ob
 from shared_models.errors import DocumentError
 from shared_models.plan import StudyPlan, render
 from shared_models.registry import find
-from shared_models.tasks import classification
+from shared_models.tasks import classification, detection, moved_map
 
 TODAY = date(2026, 3, 1)
 NewPlan = Callable[..., StudyPlan]
@@ -106,6 +106,36 @@ def test_a_task_whose_loss_mixes_patients_is_told_with_its_cure(
     )
     (objection,) = objections(new_plan(), today=TODAY)
     assert objection.startswith("task: expected a loss in which no image changes another's")
+
+
+@pytest.mark.parametrize("is_moved", [True, False])
+def test_a_task_that_leaves_boxes_where_they_are_may_not_have_its_images_moved(
+    is_moved: bool, new_plan: NewPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_moved:
+        whole = detection.make
+        monkeypatch.setattr(
+            detection, "make", lambda *, classes: whole(classes=classes)._replace(moved=moved_map)
+        )
+    plan = new_plan(
+        task={"name": "detection", "params": {"classes": ["cell"]}},
+        net={"name": "centernet"},
+        training={
+            "num_rounds": 1,
+            "steps_per_round": 1,
+            "sample_rate": 0.1,
+            "learning_rate": 0.1,
+            "flips": True,
+            "shift": 2,
+        },
+        privacy=None,
+    )
+    expected = [
+        f"training.{name}: the boxes of task 'detection' do not move with their images; take "
+        f"{name} out"
+        for name in ("flips", "shift")
+    ]
+    assert objections(plan, today=TODAY) == ([] if is_moved else expected)
 
 
 @pytest.mark.parametrize("params", [{}, {"momentum": 0}, {"momentum": 0.9}])

@@ -426,3 +426,56 @@ def test_real_images_become_patients(
     for patient in (p for patients in found.values() for p in patients):
         assert patient.images.shape[1:] == (1, *size)
         assert torch.isfinite(patient.images).all()
+
+
+# --- boxes
+
+FINDS = find("tasks", "detection", builtin=tasks.BUILTIN)(classes=["cell", "big cell"])
+
+
+def flat_plan(new_plan: NewPlan, size: Sequence[int] = (8, 8)) -> StudyPlan:
+    steps = [{"name": "resize", "params": {"size": list(size)}}]
+    return new_plan(imaging=steps)
+
+
+def test_boxes_are_encoded_where_the_plans_steps_put_them(root: Path, new_plan: NewPlan) -> None:
+    lines = ["0.png,p1,cell 0 1 2 3; big cell 1 1 4 4,train", "1.png,p2,none,train"]
+    found = loaded(root, lines, plan=flat_plan(new_plan, (16, 8)), task=FINDS)["train"]
+    first, second = found[0].targets[0], found[1].targets[0]
+    assert found[0].images.shape == (1, 1, 16, 8)
+    assert first[0].tolist() == [0, 0, 0.25, 0.5, 0.75]
+    assert first[1].tolist() == [1, 0.25, 0.25, 1, 1]
+    assert first[2:, 0].eq(-1).all()
+    assert second[:, 0].eq(-1).all()
+
+
+def test_bad_boxes_are_told_by_line_and_reason_and_never_by_value(
+    root: Path, new_plan: NewPlan
+) -> None:
+    lines = [
+        "0.png,p1,cell 0 1 2 3,train",
+        f"1.png,p2,{MARK} 0 1 2 3,train",
+        "2.png,p3,cell 0 1 2 5,train",
+        "3.png,p4,cell 2 1 2 3,train",
+        f"4.png,p5,cell 2 1 {MARK} 3,train",
+        "5.png,p6,,train",
+        f"6.png,p7,{';'.join(['cell 0 0 1 1'] * 65)},train",
+    ]
+    plan = flat_plan(new_plan)
+    found = load_objections(root, [*lines[:5], lines[6]], plan=plan, task=FINDS)
+    assert [text.split(";")[0] for text in found] == [
+        "line 3: a box of a class that is none of the plan's",
+        "line 4: a box reaches outside its image",
+        "line 5: a box of no size, or its corners change places",
+        "line 6: expected boxes as 'name x1 y1 x2 y2",
+        "line 7: expected at most 64 boxes, got 65",
+    ]
+    assert load_objections(root, lines[:1] + lines[5:6], plan=plan, task=FINDS) == [
+        "line 3: an image without a label; add the label or remove the line"
+    ]
+
+
+def test_boxes_are_for_two_dimensions(root: Path, new_plan: NewPlan) -> None:
+    plan = new_plan(net={"name": "unet", "params": {"spatial_dims": 3}}, imaging=[])
+    (found,) = load_objections(root, ["0.png,p1,none,train"], plan=plan, task=FINDS)
+    assert "boxes are for nets of two dimensions" in found

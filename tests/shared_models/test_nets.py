@@ -23,6 +23,7 @@ SMALL: list[tuple[str, dict[str, Any], tuple[int, ...], tuple[int, ...]]] = [
     ("densenet", {"spatial_dims": 3, "block_config": [1, 1]}, (2, 1, 16, 16, 16), (2, 3)),
     ("densenet", {"in_channels": 3}, (2, 3, 32, 32), (2, 3)),
     ("centres", {"size": 16, "latent": 4}, (2, 1, 16, 16), (2, 9)),
+    ("centernet", {"stem": [4, 8], "channels": [8, 8]}, (2, 1, 32, 48), (2, 3, 8, 12)),
     ("gan", {"size": 16, "channels": 4}, (2, 1, 16, 16), (2, 3)),
     ("recurrent", {"channels": [4, 8]}, (2, 1, 5, 16, 16), (2, 3)),
     ("recurrent", {"channels": [4, 8], "cell": "lstm"}, (2, 1, 5, 16, 16), (2, 3)),
@@ -175,6 +176,12 @@ def test_a_unet_is_monais_with_the_parameters_of_the_plan() -> None:
     )
     shapes = [{n: v.shape for n, v in net.state_dict().items()} for net in (ours, theirs)]
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("params", [{"spatial_dims": 3}, {"stem": []}, {"channels": [8]}])
+def test_a_detector_has_two_dimensions_and_a_stem(params: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        make("centernet", params)
 
 
 def test_a_unet_knows_two_normalizations() -> None:
