@@ -52,6 +52,18 @@ MEASURES: dict[str, Measure] = {
         "higher",
         "How much nearer pictures lie to their own cluster than to the next: from -1 to 1.",
     ),
+    "ssim": Measure(
+        "SSIM",
+        "",
+        "higher",
+        "How alike a picture and what the model makes of it look: 1 is the same.",
+    ),
+    "probe_auc": Measure(
+        "AUC of a linear probe",
+        "",
+        "higher",
+        "How well a linear classifier tells the classes from the model's numbers alone.",
+    ),
     "coverage": Measure(
         "Coverage", "", "higher", "The share of real pictures that have a made one near by."
     ),

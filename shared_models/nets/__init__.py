@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 BUILTIN = {
+    "autoencoder": "shared_models.nets.autoencoder:make",
     "centres": "shared_models.nets.centres:make",
     "densenet": "shared_models.nets.densenet:make",
     "gan": "shared_models.nets.gan:make",

@@ -6,8 +6,10 @@
 from shared_models.tasks.base import Box, Free, Task, as_it_is, objection_to_loss
 
 BUILTIN = {
+    "anomaly": "shared_models.tasks.anomaly:make",
     "classification": "shared_models.tasks.classification:make",
     "clustering": "shared_models.tasks.clustering:make",
+    "embedding": "shared_models.tasks.embedding:make",
     "generation": "shared_models.tasks.generation:make",
     "localization": "shared_models.tasks.localization:make",
     "segmentation": "shared_models.tasks.segmentation:make",
