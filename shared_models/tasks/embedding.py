@@ -33,8 +33,8 @@ def make(*, classes: Sequence[str], divergence_weight: float = 0.0) -> Task:
     """Return the task of giving pictures of one channel back from their embedding.
 
     Metrics: ``ssim``, the structural similarity of picture and reconstruction (MONAI, over each
-    picture's own range), and ``probe_auc``, how well a linear probe (scikit-learn's ridge
-    regression, five-fold cross-validation, one class against the rest) tells the classes from the
+    picture's own range), and ``probe_auc``, how well a linear probe (ridge regression as
+    scikit-learn's, five-fold cross-validation, one class against the rest) tells the classes from the
     embedding. Rows that are repeated share a fold, but pictures of one patient may not: several
     of each make the probe look better than it is, baselines included. ``probe_auc`` is absent where
     a class has fewer than five different pictures.
@@ -168,11 +168,7 @@ def _probed(
     labels: NDArray[np.int64], embedded: NDArray[np.float64], num_classes: int
 ) -> float | None:
     """Return the mean AUC of a linear probe over the classes, if each has enough pictures."""
-    from sklearn.linear_model import Ridge
     from sklearn.metrics import roc_auc_score
-    from sklearn.model_selection import PredefinedSplit, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
 
     rows = np.concatenate([labels[:, None], embedded], axis=1)
     different, which = np.unique(rows, axis=0, return_inverse=True)
@@ -180,7 +176,25 @@ def _probed(
     if counts.min() < NUM_FOLDS or not np.isfinite(embedded).all():
         return None
     # sorted by class, so that turns give every fold its share of each
-    folds = PredefinedSplit(which.ravel() % NUM_FOLDS)
-    truth = np.eye(num_classes)[labels]
-    model = make_pipeline(StandardScaler(), Ridge())
-    return float(roc_auc_score(truth, cross_val_predict(model, embedded, truth, cv=folds)))
+    folds, truth = which.ravel() % NUM_FOLDS, np.eye(num_classes)[labels]
+    values = np.zeros_like(truth)
+    for fold in range(NUM_FOLDS):
+        held = folds == fold
+        values[held] = _ridge(embedded[~held], truth[~held], embedded[held])
+    columns = slice(1, None) if num_classes == 2 else slice(None)  # of two, each mirrors the other
+    return float(roc_auc_score(truth[:, columns], values[:, columns]))
+
+
+def _ridge(
+    x: NDArray[np.float64], y: NDArray[np.float64], asked: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the ridge regression of ``y`` (n, k) on standardized ``x`` (n, d), at ``asked``.
+
+    As scikit-learn's with a penalty of 1, many times as fast: each interval asks for 200 probes.
+    """
+    mean, deviation = x.mean(axis=0), x.std(axis=0)
+    deviation[deviation < 1e-12] = 1.0
+    z, middle = (x - mean) / deviation, y.mean(axis=0)
+    weights = np.linalg.solve(z.T @ z + np.eye(z.shape[1]), z.T @ (y - middle))
+    values: NDArray[np.float64] = (asked - mean) / deviation @ weights + middle
+    return values

@@ -47,7 +47,14 @@ def few(data: DataSet, *, most: int) -> DataSet:
 
 @pytest.mark.parametrize(
     ("folder", "task", "headline"),
-    [("cxr_pneumonia", "classification", "auc"), ("hippocampus_mr", "segmentation", "dice")],
+    [
+        ("cxr_pneumonia", "classification", "auc"),
+        ("cxr_pneumonia", "anomaly", "auc"),
+        ("cxr_pneumonia", "clustering", "adjusted_rand"),
+        ("cxr_pneumonia", "embedding", "ssim"),
+        ("cxr_pneumonia", "generation", "coverage"),
+        ("hippocampus_mr", "segmentation", "dice"),
+    ],
 )
 @pytest.mark.parametrize("epsilon", [None, 8.0])
 def test_real_images_are_trained_in_process(

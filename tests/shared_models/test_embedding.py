@@ -8,6 +8,9 @@ import torch
 from skimage.metrics import structural_similarity
 from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import PredefinedSplit, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from shared_models import nets
@@ -161,17 +164,13 @@ def rows(count: int, *, told: float) -> np.ndarray:
     return np.column_stack([np.ones(count), labels, embedded])
 
 
-def test_the_probe_is_a_ridge_regression_on_the_other_folds() -> None:
+def test_the_probe_is_scikit_learns_ridge_regression_on_the_other_folds() -> None:
     task, scores = embedding.make(classes=("a", "b")), rows(40, told=1.0)
     order = np.lexsort(scores[:, :0:-1].T)
-    fold = np.empty(40, dtype=int)
-    fold[order] = np.arange(40) % 5
-    values = np.zeros(40)
-    for n in range(5):
-        train, test = scores[fold != n], scores[fold == n]
-        mean, deviation = train[:, 2:].mean(axis=0), train[:, 2:].std(axis=0)
-        model = Ridge().fit((train[:, 2:] - mean) / deviation, train[:, 1])
-        values[fold == n] = model.predict((test[:, 2:] - mean) / deviation)
+    folds = np.empty(40, dtype=int)
+    folds[order] = np.arange(40) % 5
+    model = make_pipeline(StandardScaler(), Ridge())
+    values = cross_val_predict(model, scores[:, 2:], scores[:, 1], cv=PredefinedSplit(folds))
     expected = roc_auc_score(scores[:, 1], values)
     assert task.metrics(scores)["probe_auc"] == pytest.approx(expected)
 
