@@ -33,11 +33,11 @@ def make(*, classes: Sequence[str], divergence_weight: float = 0.0) -> Task:
     """Return the task of giving pictures of one channel back from their embedding.
 
     Metrics: ``ssim``, the structural similarity of picture and reconstruction (MONAI, over each
-    picture's own range), and ``probe_auc``, how well a linear probe (ridge regression as
-    scikit-learn's, five-fold cross-validation, one class against the rest) tells the classes from the
-    embedding. Rows that are repeated share a fold, but pictures of one patient may not: several
-    of each make the probe look better than it is, baselines included. ``probe_auc`` is absent where
-    a class has fewer than five different pictures.
+    picture's own range), and ``probe_auc``, how well a linear probe (ridge regression, five-fold
+    cross-validation, one class against the rest) tells the classes from the embedding. Rows that
+    are repeated share a fold, but pictures of one patient may not: several of each make the probe
+    look better than it is, baselines included. ``probe_auc`` is absent where a class has fewer than
+    five different pictures.
 
     Args:
         classes: as for classification.
