@@ -52,6 +52,18 @@ MEASURES: dict[str, Measure] = {
         "higher",
         "How much nearer pictures lie to their own cluster than to the next: from -1 to 1.",
     ),
+    "ssim": Measure(
+        "SSIM",
+        "",
+        "higher",
+        "How alike a picture and what the model makes of it look: 1 is the same.",
+    ),
+    "probe_auc": Measure(
+        "AUC of a linear probe",
+        "",
+        "higher",
+        "How well a linear classifier tells the classes from the model's numbers alone.",
+    ),
     "coverage": Measure(
         "Coverage", "", "higher", "The share of real pictures that have a made one near by."
     ),
@@ -104,13 +116,6 @@ MEASURES: dict[str, Measure] = {
         "higher",
         "How little the image differs from the true one, voxel by voxel: 3 dB more is half the"
         " squared error.",
-    ),
-    "ssim": Measure(
-        "Structural similarity",
-        "",
-        "higher",
-        "How alike the image and the true one look in brightness, contrast and structure: 1 is"
-        " the same.",
     ),
     "cnr": Measure(
         "Contrast-to-noise ratio",

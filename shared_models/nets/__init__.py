@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 BUILTIN = {
+    "autoencoder": "shared_models.nets.autoencoder:make",
     "centres": "shared_models.nets.centres:make",
     "centernet": "shared_models.nets.centernet:make",
     "densenet": "shared_models.nets.densenet:make",

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, one_hot
 
+from shared_models.nets.autoencoder import check_halving, decoder, encoder
+
 
 def make(
     *,
@@ -37,38 +39,23 @@ def make(
     Raises:
         ValueError: if there are not two dimensions, or ``size`` cannot be halved so often.
     """
-    if spatial_dims != 2 or size % 2 ** len(channels):
-        raise ValueError(
-            "expected spatial_dims = 2 and a size that can be halved once for each of channels"
-        )
-    return _Centres(num_outputs, in_channels, size, tuple(channels), latent, num_groups)
+    check_halving(size, channels, spatial_dims)
+    return _Centres(
+        encoder(in_channels, channels, size, latent, num_groups),
+        decoder(latent, channels, size, in_channels, num_groups),
+        num_outputs,
+        latent,
+    )
 
 
 class _Centres(nn.Module):
     centres: Tensor
 
     def __init__(
-        self,
-        num_centres: int,
-        in_channels: int,
-        size: int,
-        channels: tuple[int, ...],
-        latent: int,
-        num_groups: int,
+        self, encoder: nn.Module, decoder: nn.Module, num_centres: int, latent: int
     ) -> None:
         super().__init__()
-        edge = size // 2 ** len(channels)
-        layers: list[nn.Module] = []
-        for before, after in zip((in_channels, *channels), channels, strict=False):
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1)]
-            layers += [nn.GroupNorm(num_groups, after), nn.PReLU()]
-        inner = channels[-1] * edge**2
-        self.encoder = nn.Sequential(*layers, nn.Flatten(), nn.Linear(inner, latent))
-        layers = [nn.Linear(latent, inner), nn.Unflatten(1, (channels[-1], edge, edge))]
-        for before, after in zip(channels[::-1], (*channels[-2::-1], in_channels), strict=True):
-            layers += [nn.PReLU(), nn.Upsample(scale_factor=2)]
-            layers += [nn.Conv2d(before, after, 3, padding=1)]
-        self.decoder = nn.Sequential(*layers)
+        self.encoder, self.decoder = encoder, decoder
         self.sums = nn.Linear(latent, num_centres, bias=False)
         self.counts = nn.Linear(num_centres, 1, bias=False)
         nn.init.zeros_(self.sums.weight)

@@ -25,7 +25,7 @@ def make(
     """Return a pair with ``generator`` and ``discriminator`` for pictures of ``size`` squared.
 
     The net itself is the discriminator: (batch, 1, y, x) to (batch, num_outputs), how real a
-    picture is for each class. ``generated(noise, classes)`` gives pictures in [0, 1]. A second
+    picture is for each class. ``generated(noise, classes)`` gives pictures in [-1, 1]. A second
     channel, where there is one, carries noise and is not looked at.
 
     Raises:
@@ -64,7 +64,7 @@ def _generator(inputs: int, widths: list[int], num_groups: int) -> nn.Module:
     for before, after in zip(widths, [*widths[1:], widths[-1]], strict=True):
         layers += [nn.GroupNorm(num_groups, before), nn.PReLU(), nn.Upsample(scale_factor=2)]
         layers += [nn.Conv2d(before, after, 3, padding=1)]
-    layers += [nn.PReLU(), nn.Conv2d(widths[-1], 1, 3, padding=1), nn.Sigmoid()]
+    layers += [nn.PReLU(), nn.Conv2d(widths[-1], 1, 3, padding=1), nn.Tanh()]
     return nn.Sequential(*layers)
 
 

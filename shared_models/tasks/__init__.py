@@ -6,10 +6,12 @@
 from shared_models.tasks.base import Box, Free, Task, as_it_is, moved_map, objection_to_loss
 
 BUILTIN = {
+    "anomaly": "shared_models.tasks.anomaly:make",
     "classification": "shared_models.tasks.classification:make",
     "clustering": "shared_models.tasks.clustering:make",
     "denoising": "shared_models.tasks.denoising:make",
     "detection": "shared_models.tasks.detection:make",
+    "embedding": "shared_models.tasks.embedding:make",
     "enhancement": "shared_models.tasks.enhancement:make",
     "generation": "shared_models.tasks.generation:make",
     "localization": "shared_models.tasks.localization:make",

@@ -35,7 +35,7 @@ GENERATOR = "generator."
 
 
 def make(*, classes: Sequence[str], num_generated: int = 32, ridge: float = 0.1) -> Task:
-    """Return the task of making pictures of each of ``classes``, with values in [0, 1].
+    """Return the task of making pictures of each of ``classes``, with values in [-1, 1].
 
     Metrics, each of one made picture for every real one, over simple features (the mean and the
     deviation of 16 regions): ``coverage``, the share of real pictures with a made one nearer than
@@ -192,4 +192,4 @@ def _classified(
 
 def _noise(inputs: Tensor) -> Tensor:
     """Return the real pictures and noise beside them."""
-    return torch.cat([inputs[:, :1], inputs[:, 1:].sigmoid()], dim=1)
+    return torch.cat([inputs[:, :1], inputs[:, 1:].tanh()], dim=1)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from client.train import Performance, train
+from client.dp import Batch
+from client.train import ENGINES, Performance, train
 from shared_models import nets
 from shared_models.cohort import Patient
 from shared_models.evaluation import evaluate, evaluate_baselines
 from shared_models.randomness import seeded
-from shared_models.tasks import Box, detection, generation, localization
+from shared_models.tasks import Box, Task, anomaly, detection, embedding, generation, localization
 
 # --- localization
 
@@ -145,6 +148,81 @@ def test_pictures_of_each_class_are_learned(plan_of) -> None:
     after = evaluate(net, test, task=GENERATION).metrics
     assert after["frechet"] < 0.8 * before["frechet"]
     assert after["auc_synthetic"] > 0.9
+
+
+# --- embedding and anomaly
+
+EMBEDDING = embedding.make(classes=("dark", "bright"), divergence_weight=0.01)
+ANOMALY = anomaly.make(classes=("dark", "bright"))
+SMALL = {"size": 16, "channels": [4, 8], "latent": 4}
+
+
+@pytest.mark.parametrize("clipping", ["flat", "automatic"])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("task", [EMBEDDING, ANOMALY], ids=lambda task: task.name)
+def test_a_patient_who_teaches_nothing_is_one_unit_like_any_other(
+    task: Task, engine: str, clipping: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The sum is that of a plain loop; a gradient of zero is finite, and nothing is slow for it."""
+    net = nets.make(
+        "autoencoder", SMALL | {"variational": task is EMBEDDING}, seed=0, num_outputs=1
+    )
+    shown = [(p.images[0], p.targets[0]) for p in patients(6)]
+    views = [task.view(*pair, seeded(n), True) for n, pair in enumerate(shown)]
+    images, targets = (torch.stack(part) for part in zip(*views, strict=True))
+    owner = torch.tensor([0, 1, 2, 2, 3, 4])  # the third has both classes
+    expected = [torch.zeros_like(p) for p in net.parameters()]
+    norms = []
+    for patient in range(5):
+        ours = owner == patient
+        mean = task.loss(net(images[ours]), targets[ours]).mean()
+        found = torch.autograd.grad(mean, list(net.parameters()))
+        norm = torch.stack([g.double().norm() for g in found]).norm()
+        factor = 0.05 / (norm + 0.01) if clipping == "automatic" else min(1.0, 0.05 / norm)
+        expected = [e + factor * g for e, g in zip(expected, found, strict=True)]
+        norms.append(float(norm))
+    assert (0.0 in norms) == (task is ANOMALY)
+    with (
+        caplog.at_level(logging.WARNING),
+        ENGINES[engine](net, task.loss, max_grad_norm=0.05, clipping=clipping) as gradient_of,
+    ):
+        sums = gradient_of(Batch(images, targets, owner, 5))
+    assert sums.num_non_finite == 0
+    assert "slow" not in caplog.text
+    for total, wanted in zip(sums.gradients, expected, strict=True):
+        assert torch.allclose(total, wanted.float(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", [EMBEDDING, ANOMALY], ids=lambda task: task.name)
+def test_pictures_are_given_back_and_what_was_never_shown_is_not(task: Task, plan_of) -> None:
+    plan = plan_of(
+        {
+            "privacy": None,
+            "training.num_rounds": 1,
+            "training.steps_per_round": 80,
+            "training.sample_rate": 1.0,
+            "training.optimizer": "adamw",
+            "training.learning_rate": 0.01,
+        }
+    )
+    net = nets.make(
+        "autoencoder", SMALL | {"variational": task is EMBEDDING}, seed=0, num_outputs=1
+    )
+    test, shown = patients(20, seed=2), patients(12)
+    if task is ANOMALY:  # the other half is normal: before training the residual ranks all wrong
+        test, shown = ([p._replace(targets=1 - p.targets) for p in part] for part in (test, shown))
+    before = evaluate(net, test, task=task).metrics[task.headline]
+    train(
+        net,
+        shown,
+        plan=plan,
+        task=task,
+        rounds=[0],
+        randomness=seeded(0),
+        performance=Performance(),
+    )
+    after = evaluate(net, test, task=task).metrics[task.headline]
+    assert after > max(0.7, before + 0.2)
 
 
 # --- detection

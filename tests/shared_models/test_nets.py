@@ -22,6 +22,8 @@ SMALL: list[tuple[str, dict[str, Any], tuple[int, ...], tuple[int, ...]]] = [
     ("densenet", {}, (2, 1, 32, 32), (2, 3)),
     ("densenet", {"spatial_dims": 3, "block_config": [1, 1]}, (2, 1, 16, 16, 16), (2, 3)),
     ("densenet", {"in_channels": 3}, (2, 3, 32, 32), (2, 3)),
+    ("autoencoder", {"size": 16, "channels": [4, 8]}, (2, 1, 16, 16), (2, 17 + 3 * 256)),
+    ("autoencoder", {"size": 16, "latent": 4, "variational": True}, (2, 2, 16, 16), (2, 773)),
     ("centres", {"size": 16, "latent": 4}, (2, 1, 16, 16), (2, 9)),
     ("centernet", {"stem": [4, 8], "channels": [8, 8]}, (2, 1, 32, 48), (2, 3, 8, 12)),
     ("gan", {"size": 16, "channels": 4}, (2, 1, 16, 16), (2, 3)),
