@@ -317,6 +317,7 @@ def _environment(home: Path) -> dict[str, str]:
         "FLWR_LOG_LEVEL": os.environ.get("FLWR_LOG_LEVEL", "WARNING"),
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
         "PYTHONUNBUFFERED": "1",
+        "MALLOC_MMAP_THRESHOLD_": "1048576",  # glibc: what is freed of a large message goes back
     }
 
 

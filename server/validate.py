@@ -92,12 +92,13 @@ def validate(validator: Validator, weights: Weights, *, with_intervals: bool = F
 def final_report(validator: Validator, weights: Weights, *, first: Weights) -> ValidationReport:
     """Return the metrics with intervals, and a few of the coordinator's images with predictions.
 
-    Beside them stands what the untrained weights, ``first``, and the task's own baselines reach.
+    Beside them stands what the weights it began with, ``first``, and the task's baselines reach.
     """
     baselines = {}
     if validator.patients:
         baselines = evaluate_baselines(validator.patients, task=validator.task)
-        baselines = {"untrained": validate(validator, first, with_intervals=True)} | baselines
+        name = "untrained" if validator.plan.start is None else "warm start"
+        baselines = {name: validate(validator, first, with_intervals=True)} | baselines
     found = validate(validator, weights, with_intervals=True)
     return ValidationReport(
         study=digest(validator.plan),
