@@ -15,21 +15,28 @@ from typing import Literal, NamedTuple
 
 from shared_models.errors import DataError
 from shared_models.splits import SPLITS, split_of
+from shared_models.volume import PICTURES
 
 IMAGE_COLUMNS = ("image", "file")
 PATIENT_COLUMNS = ("patient", "patient_id", "source_id")
 MAP_COLUMNS = ("label", "mask")
+#: Label maps with higher values are of no demonstration, or number objects.
+MOST_CLASSES = 19
 #: As a task's ``label_kind``.
 Labels = Literal["class", "map", "boxes", "none"]
 SITE_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")
 
 
 class DataSet(NamedTuple):
-    """Rows (image, patient, label, split, site) for manifests, and what the labels mean."""
+    """Rows (image, patient, label, split, site) for manifests, and what the labels mean.
+
+    Where ``has_instances``, label maps number the objects of the one class.
+    """
 
     root: Path
     rows: tuple[dict[str, str], ...]
     classes: tuple[str, ...]
+    has_instances: bool = False
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -91,10 +98,11 @@ def adopt(data_dir: Path, *, labels: Labels, classes: Sequence[str] = ()) -> Dat
         raise DataError(f"{manifest}: missing column site; it says which hospital an image is of")
     rows = tuple(_row(r, image=image, patient=patient, label=label) for r in records)
     _refuse(list(_objections(rows, data_dir, labels=labels)))
-    found = _classes(rows, data_dir, labels=labels, column=label)
+    has_instances = labels == "map" and _number_objects(rows, data_dir)
+    found = ("object",) if has_instances else _classes(rows, data_dir, labels=labels, column=label)
     if classes and len(classes) != len(found):
         raise DataError(f"expected names for {len(found)} classes, got {len(classes)}")
-    return DataSet(data_dir.resolve(), rows, tuple(classes) or found)
+    return DataSet(data_dir.resolve(), rows, tuple(classes) or found, has_instances)
 
 
 def write_manifests(
@@ -215,12 +223,27 @@ def _classes(
         return (
             (f"no {column}", column) if len(numbers) == 2 else tuple(f"class {n}" for n in numbers)
         )
+    largest = _largest(rows, root)
+    if not 0 < largest <= MOST_CLASSES:
+        raise DataError(
+            f"expected label maps with values from 1 to {MOST_CLASSES}, got up to {largest}"
+        )
+    return tuple(f"label {n}" for n in range(1, largest + 1))
+
+
+def _number_objects(rows: Sequence[Mapping[str, str]], root: Path) -> bool:
+    """Return whether the label maps of pictures have more values than there can be classes.
+
+    Volumes' maps may well name more classes, and are not guessed at.
+    """
+    are_pictures = all(Path(row["image"]).suffix.lower() in PICTURES for row in rows)
+    return are_pictures and _largest(rows, root) > MOST_CLASSES
+
+
+def _largest(rows: Sequence[Mapping[str, str]], root: Path) -> int:
     from shared_models.volume import read_volume
 
-    largest = max(int(read_volume(root / row["label"]).data.max()) for row in rows[:40])
-    if not 0 < largest < 20:
-        raise DataError(f"expected label maps with values from 1 to 19, got up to {largest}")
-    return tuple(f"label {n}" for n in range(1, largest + 1))
+    return max(int(read_volume(root / row["label"]).data.max()) for row in rows[:40])
 
 
 def _refuse(objections: Sequence[str]) -> None:

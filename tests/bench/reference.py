@@ -30,7 +30,11 @@ from shared_models.registry import find
 from shared_models.weights import load
 
 KEY = "0" * 64
-SETS = {"cxr_pneumonia": ("classification", 0.895), "hippocampus_mr": ("segmentation", 0.813)}
+SETS = {
+    "cxr_pneumonia": ("classification", 0.895),
+    "hippocampus_mr": ("segmentation", 0.813),
+    "nuclei": ("segmentation", 0.671),
+}
 
 
 def run_study(data: DataSet, task: str, seed: int, folder: Path) -> tuple[StudyPlan, StudyReport]:

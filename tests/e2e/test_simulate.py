@@ -46,10 +46,15 @@ def few(data: DataSet, *, most: int) -> DataSet:
 
 
 @pytest.mark.parametrize(
-    ("folder", "task", "headline"),
-    [("cxr_pneumonia", "classification", "auc"), ("hippocampus_mr", "segmentation", "dice")],
+    ("folder", "task", "headline", "epsilon"),
+    [
+        ("cxr_pneumonia", "classification", "auc", None),
+        ("cxr_pneumonia", "classification", "auc", 8.0),
+        ("hippocampus_mr", "segmentation", "dice", None),
+        ("hippocampus_mr", "segmentation", "dice", 8.0),
+        ("nuclei", "segmentation", "dice", None),
+    ],
 )
-@pytest.mark.parametrize("epsilon", [None, 8.0])
 def test_real_images_are_trained_in_process(
     data_dir: Path, tmp_path: Path, folder: str, task: str, headline: str, epsilon: float | None
 ) -> None:
