@@ -374,13 +374,13 @@ def _said_now(order: RoundOrder, vector: Array, study: Study, site: Site) -> Let
     config = site.config
     if is_quiet(config.policy, datetime.now(UTC)):
         raise Refused("quiet-hours", "nothing is trained at this hour; see policy.quiet_hours")
-    result, own = _obey(order, vector, study, site)
+    result = _obey(order, vector, study, site)
     passed = pass_out(result, order=order, plan=study.plan, site=config, schema=study.schema)
     if not isinstance(passed, tuple):
         return seal(passed, key=site.key)
     letter = seal(passed[0], key=site.key, vector=passed[1])
-    if own:
-        personal.keep(config.state_dir, order, own)
+    if result.own:
+        personal.keep(config.state_dir, order, result.own)
     if order.kind != "evaluate":
         outbox.keep(config.state_dir, order, letter=letter, policy=config.policy)
     if result.charge is not None:
@@ -390,11 +390,8 @@ def _said_now(order: RoundOrder, vector: Array, study: Study, site: Site) -> Let
     return letter
 
 
-def _obey(order: RoundOrder, vector: Array, study: Study, site: Site) -> tuple[Result, Weights]:
-    """Have done what the order asks: evaluate, train, or train alone.
-
-    Beside the result stand the layers that training left and that stay here.
-    """
+def _obey(order: RoundOrder, vector: Array, study: Study, site: Site) -> Result:
+    """Have done what the order asks: evaluate, train, or train alone."""
     plan = study.plan
     _refuse_another_fingerprint(order, plan, site)
     cohort = _counted(order, plan, site)
@@ -409,10 +406,10 @@ def _obey(order: RoundOrder, vector: Array, study: Study, site: Site) -> tuple[R
     if outcome.cohort != cohort:
         raise MachineError("the number of patients changed during the round")
     update: Weights | None = None
-    own: Weights = {}
+    own: Weights | None = None
     if trained is not None:
         update, own = personal.split(trained, began, plan=plan, schema=study.schema)
-    result = Result(
+    return Result(
         cohort.num_patients,
         time.monotonic() - started,
         train_loss=outcome.loss,
@@ -422,8 +419,8 @@ def _obey(order: RoundOrder, vector: Array, study: Study, site: Site) -> tuple[R
         charge=charge,
         mask=mask,
         fingerprint=outcome.fingerprint,
+        own=own,
     )
-    return result, own
 
 
 def _refuse_another_fingerprint(order: RoundOrder, plan: StudyPlan, site: Site) -> None:

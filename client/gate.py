@@ -62,7 +62,8 @@ class Refused(Exception):
 class Result(NamedTuple):
     """What a round gave, still inside the hospital.
 
-    ``charge`` is its line in the ledger; ``mask`` hides the update under secure aggregation.
+    ``charge`` is its line in the ledger; ``mask`` hides the update under secure aggregation;
+    ``own`` are the layers that stay here, as training left them, and are never passed out.
     """
 
     num_patients: int
@@ -74,6 +75,7 @@ class Result(NamedTuple):
     charge: Reservation | None = None
     mask: Callable[[NDArray[np.floating]], Masked] | None = None
     fingerprint: Fingerprint | None = None
+    own: Weights | None = None
 
 
 def pass_out(
