@@ -31,7 +31,7 @@ from typing import NamedTuple
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client import config as configs
-from client import journal, ledger, mapping, masks, outbox, peers, studies
+from client import journal, ledger, mapping, masks, outbox, peers, personal, studies
 from client.config import SiteConfig
 from client.gate import Refused, Result, pass_out, refusal
 from client.policy import broken_rules, is_quiet
@@ -52,7 +52,7 @@ from shared_models.plan import SignedPlan, StudyPlan, event_of
 from shared_models.privacy import events_of, share_of, statement
 from shared_models.signing import digest as digest_of
 from shared_models.signing import load_key, public_key
-from shared_models.weights import Flat, Schema, digest, is_finite, size_of, unflatten
+from shared_models.weights import Flat, Schema, Weights, digest, is_finite, size_of
 from shared_models.wire import Letter, opened, seal
 
 log = logging.getLogger(__name__)
@@ -379,6 +379,8 @@ def _said_now(order: RoundOrder, vector: Flat, study: Study, site: Site) -> Lett
     if not isinstance(passed, tuple):
         return seal(passed, key=site.key)
     letter = seal(passed[0], key=site.key, vector=passed[1])
+    if result.own:
+        personal.keep(config.state_dir, order, result.own)
     if order.kind != "evaluate":
         outbox.keep(config.state_dir, order, letter=letter, policy=config.policy)
     if result.charge is not None:
@@ -394,23 +396,30 @@ def _obey(order: RoundOrder, vector: Flat, study: Study, site: Site) -> Result:
     _refuse_another_fingerprint(order, plan, site)
     cohort = _counted(order, plan, site)
     started = time.monotonic()
+    state_dir = site.config.state_dir
+    began = personal.begin(vector, order, plan=plan, schema=study.schema, state_dir=state_dir)
     is_masked = order.kind == "train" and plan.rounds.secure_aggregation
     mask = masks.mask_for(order, plan, site.config) if is_masked else None
     charge, privacy = _charge(order, study, site)
-    given = None if order.kind == "fingerprint" else vector
-    outcome, update = site.trainer(_job(order.kind, plan, order, site), given)
+    given = None if order.kind == "fingerprint" else began
+    outcome, trained = site.trainer(_job(order.kind, plan, order, site), given)
     if outcome.cohort != cohort:
         raise MachineError("the number of patients changed during the round")
+    update: Weights | None = None
+    own: Weights | None = None
+    if trained is not None:
+        update, own = personal.split(trained, began, plan=plan, schema=study.schema)
     return Result(
         cohort.num_patients,
         time.monotonic() - started,
         train_loss=outcome.loss,
-        update=None if update is None else unflatten(update, study.schema),
+        update=update,
         evaluation=outcome.evaluation,
         privacy=privacy,
         charge=charge,
         mask=mask,
         fingerprint=outcome.fingerprint,
+        own=own,
     )
 
 

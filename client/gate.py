@@ -3,6 +3,7 @@
 Guarantees:
     An update of another shape, size or kind than the plan's net never leaves.
     A number that is not finite never leaves.
+    Of a layer that the plan leaves with the sites nothing leaves.
     Under a plan with privacy terms nothing trained leaves without a charge in the ledger.
     Under a plan with privacy terms the training loss never leaves, for it is not noised.
     A metric the site does not list never leaves, nor one over fewer patients than its minimum.
@@ -61,7 +62,8 @@ class Refused(Exception):
 class Result(NamedTuple):
     """What a round gave, still inside the hospital.
 
-    ``charge`` is its line in the ledger; ``mask`` hides the update under secure aggregation.
+    ``charge`` is its line in the ledger; ``mask`` hides the update under secure aggregation;
+    ``own`` are the layers that stay here, as training left them, and are never passed out.
     """
 
     num_patients: int
@@ -73,6 +75,7 @@ class Result(NamedTuple):
     charge: Reservation | None = None
     mask: Callable[[NDArray[np.floating]], Masked] | None = None
     fingerprint: Fingerprint | None = None
+    own: Weights | None = None
 
 
 def pass_out(
@@ -159,6 +162,7 @@ def _objections(
             schema,
             site.policy.max_update_mb,
             is_masked=result.mask is not None,
+            personal=plan.training.personal,
         )
         if (result.mask is not None) != plan.rounds.secure_aggregation:
             found.append("an update is masked under secure aggregation, and only then")
@@ -202,7 +206,7 @@ def _fingerprint_objections(
 
 
 def _update_objections(
-    update: Weights, schema: Schema, max_mb: float, *, is_masked: bool
+    update: Weights, schema: Schema, max_mb: float, *, is_masked: bool, personal: tuple[str, ...]
 ) -> list[str]:
     if weights_of.schema_of(update) != schema:
         return ["the update's names or shapes are not those of the plan's net"]
@@ -214,6 +218,8 @@ def _update_objections(
         found.append(f"the update is over the site's {max_mb:g} MB")
     if not all(weights_of.is_finite(value.ravel()) for value in update.values()):
         found.append("the update holds a number that is not finite")
+    if any(value.any() for name, value in update.items() if name.startswith(personal)):
+        found.append("the update holds something of a layer that stays here")
     return found
 
 

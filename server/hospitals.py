@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 from shared_models import boxes
 from shared_models.errors import DataError
 from shared_models.splits import SPLITS, split_of
+from shared_models.volume import PICTURES
 
 IMAGE_COLUMNS = ("image", "file")
 PATIENT_COLUMNS = ("patient", "patient_id", "source_id")
@@ -26,17 +27,23 @@ CLASS_COLUMNS = ("class", "finding")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 MANIFEST, BOXES = "manifest.csv", "boxes.csv"
 MAP_COLUMNS = ("label", "mask")
+#: Label maps with higher values are of no demonstration, or number objects.
+MOST_CLASSES = 19
 #: As a task's ``label_kind``.
 Labels = Literal["class", "map", "boxes", "none"]
 SITE_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")
 
 
 class DataSet(NamedTuple):
-    """Rows (image, patient, label, split, site) for manifests, and what the labels mean."""
+    """Rows (image, patient, label, split, site) for manifests, and what the labels mean.
+
+    Where ``has_instances``, label maps number the objects of the one class.
+    """
 
     root: Path
     rows: tuple[dict[str, str], ...]
     classes: tuple[str, ...]
+    has_instances: bool = False
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -124,12 +131,15 @@ def _named(
 ) -> DataSet:
     """Check the rows and name their classes: as the labels do, or as asked for."""
     _refuse(list(_objections(rows, data_dir, labels=labels)))
-    found = _classes(rows, data_dir, labels=labels, column=column)
+    has_instances = labels == "map" and _number_objects(rows, data_dir)
+    found: tuple[str, ...] = ("object",)
+    if not has_instances:
+        found = _classes(rows, data_dir, labels=labels, column=column)
     if classes and len(classes) != len(found):
         raise DataError(f"expected names for {len(found)} classes, got {len(classes)}")
     if classes and labels == "boxes" and set(classes) != set(found):
         raise DataError("expected the classes that the boxes name, in any order")
-    return DataSet(data_dir.resolve(), tuple(rows), tuple(classes) or found)
+    return DataSet(data_dir.resolve(), tuple(rows), tuple(classes) or found, has_instances)
 
 
 def _listed(records: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
@@ -303,12 +313,27 @@ def _classes(
         return (
             (f"no {column}", column) if len(numbers) == 2 else tuple(f"class {n}" for n in numbers)
         )
+    largest = _largest(rows, root)
+    if not 0 < largest <= MOST_CLASSES:
+        raise DataError(
+            f"expected label maps with values from 1 to {MOST_CLASSES}, got up to {largest}"
+        )
+    return tuple(f"label {n}" for n in range(1, largest + 1))
+
+
+def _number_objects(rows: Sequence[Mapping[str, str]], root: Path) -> bool:
+    """Return whether the label maps of pictures have more values than there can be classes.
+
+    Volumes' maps may well name more classes, and are not guessed at.
+    """
+    are_pictures = all(Path(row["image"]).suffix.lower() in PICTURES for row in rows)
+    return are_pictures and _largest(rows, root) > MOST_CLASSES
+
+
+def _largest(rows: Sequence[Mapping[str, str]], root: Path) -> int:
     from shared_models.volume import read_volume
 
-    largest = max(int(read_volume(root / row["label"]).data.max()) for row in rows[:40])
-    if not 0 < largest < 20:
-        raise DataError(f"expected label maps with values from 1 to 19, got up to {largest}")
-    return tuple(f"label {n}" for n in range(1, largest + 1))
+    return max(int(read_volume(root / row["label"]).data.max()) for row in rows[:40])
 
 
 def _refuse(objections: Sequence[str]) -> None:

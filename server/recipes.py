@@ -64,7 +64,7 @@ def plan_for(
     recipe.pop("start", None)
     if recipe.pop("labels", "class") != "none":
         params = {"classes": list(data.classes), **recipe["task"].get("params", {})}
-        recipe["task"]["params"] = params
+        recipe["task"]["params"] = params | ({"instances": True} if data.has_instances else {})
     is_split = recipe.get("rounds", {}).get("secure_aggregation", False)
     terms = None
     if epsilon is not None:

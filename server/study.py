@@ -46,6 +46,10 @@ from shared_models.weights import Weights, stowed
 
 log = logging.getLogger(__name__)
 
+PERSONAL_NOTE = (
+    "Layers of this model stay with each hospital. What is said of a hospital is of the model with "
+    "its own layers; the global validation and the released weights have the first ones instead."
+)
 SOFTWARE = ("consilia", "flwr", "torch", "monai", "opacus", "dp-accounting", "numpy")
 
 
@@ -239,7 +243,7 @@ def _report(
         model_digest=final.weights_digest,
         model_bytes=0,
         seconds=round(seconds, 1),
-        notes=settings.notes,
+        notes=settings.notes + ((PERSONAL_NOTE,) if plan.training.personal else ()),
     )
 
 

@@ -142,11 +142,15 @@ def _made_objections(plan: StudyPlan, plugins: Collection[str]) -> Iterator[str]
         yield f"task: {objection}"
     yield from _label_objections(plan, task.label_kind)
     names = [name for name, _ in net.named_parameters()]
-    for prefix in plan.training.frozen:
-        if not any(name.startswith(prefix) for name in names):
-            yield f"training.frozen: no parameter of the net begins with '{prefix}'"
-    if all(name.startswith(plan.training.frozen) for name in names):
+    terms = plan.training
+    for field, prefixes in (("frozen", terms.frozen), ("personal", terms.personal)):
+        for prefix in prefixes:
+            if not any(name.startswith(prefix) for name in names):
+                yield f"training.{field}: no parameter of the net begins with '{prefix}'"
+    if all(name.startswith(terms.frozen) for name in names):
         yield "training.frozen: nothing is left to train; freeze less"
+    elif all(name.startswith(terms.frozen + terms.personal) for name in names):
+        yield "training.personal: nothing is left to train together; keep less at the sites"
 
 
 def _label_objections(plan: StudyPlan, label_kind: str) -> Iterator[str]:

@@ -40,6 +40,7 @@ Param = Scalar | tuple[Scalar, ...] | tuple[tuple[Scalar, ...], ...]
 Params = dict[Name, Param]
 
 
+NamePrefix = Annotated[str, Field(min_length=1, max_length=200)]
 PatchLength = Annotated[int, Field(ge=4, le=4096)]
 
 
@@ -63,8 +64,9 @@ class Training(Contract):
     enters as ``patches_per_image`` random patches of it instead of whole, anywhere in it or, with
     ``patch_foreground``, that share of them around voxels whose label is not 0; whole images are
     answered by the mean of overlapping patches. Parameters whose names begin with one of ``frozen``
-    stay as they were sent. ``adam-bc`` is Adam with the noise's own variance taken out of its
-    second moment (Tang et al. 2024); it needs privacy terms.
+    stay as they were sent. Those that begin with one of ``personal`` are each site's own: trained
+    and kept there, never sent (FedBN, Li et al. 2021). ``adam-bc`` is Adam with the noise's own
+    variance taken out of its second moment (Tang et al. 2024); it needs privacy terms.
     """
 
     num_rounds: Annotated[int, Field(ge=1, le=10_000)]
@@ -83,7 +85,8 @@ class Training(Contract):
     patch: Annotated[tuple[PatchLength, ...], Field(max_length=3)] = ()
     patches_per_image: Annotated[int, Field(ge=1, le=64)] = 1
     patch_foreground: Annotated[float, Field(ge=0, le=1)] | None = None
-    frozen: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = ()
+    frozen: tuple[NamePrefix, ...] = ()
+    personal: tuple[NamePrefix, ...] = ()
 
 
 class PrivacyTerms(Contract):
@@ -259,6 +262,11 @@ def _terms_objections(plan: StudyPlan) -> Iterator[str]:
         yield (
             f"privacy.noise_shares: expected at most the quorum of {rounds.quorum}, "
             f"got {plan.privacy.noise_shares}"
+        )
+    if training.personal:
+        yield (
+            "training.personal: layers that stay at a site have its share of the noise only, which "
+            "protects sums; set noise_shares = 1, or keep no layers there"
         )
     if training.steps_per_round != 1 or training.optimizer != "sgd":
         yield (

@@ -78,6 +78,11 @@ def open_release(folder: Path, *, coordinator: str, plugins: Collection[str] = (
             f"only a part of this model is released ({', '.join(manifest.parts)}), and a part says "
             "nothing of a study"
         )
+    if signed.plan.training.personal:
+        raise DocumentError(
+            "layers of this model stayed with the hospitals that trained it, "
+            f"{', '.join(signed.plan.training.personal)}, and the rest says nothing of a study"
+        )
     weights = _weights(folder, manifest)
     task, net = _made(signed.plan, weights, plugins)
     named = signed.plan.task.params.get("classes", ())

@@ -40,6 +40,7 @@ BUILTIN = {
     "gaussian": "shared_models.imaging.denoising:gaussian",
     "median": "shared_models.imaging.denoising:median",
     "non-local-means": "shared_models.imaging.denoising:non_local_means",
+    "bright-foreground": "shared_models.imaging.intensity:bright_foreground",
     "clahe": "shared_models.imaging.intensity:clahe",
     "equalize": "shared_models.imaging.intensity:equalize",
     "gamma": "shared_models.imaging.intensity:gamma",

@@ -23,12 +23,18 @@ COLOURS = {
     "pink": (204, 121, 167),
     "yellow": (240, 228, 66),
 }
+#: More objects than this are none that were numbered one by one.
+MOST_INSTANCES = 65_535
 #: What a class is called in the name of its metric.
 SLUG = re.compile(r"[a-z0-9_]{1,40}")
 
 
 def make(
-    *, classes: Sequence[str], dice_weight: float = 1.0, foreground_weight: float = 1.0
+    *,
+    classes: Sequence[str],
+    dice_weight: float = 1.0,
+    foreground_weight: float = 1.0,
+    instances: bool = False,
 ) -> Task:
     """Return the task of outlining ``classes`` (without the background, which is 0).
 
@@ -36,10 +42,12 @@ def make(
     ``foreground_weight`` times one of the background, plus ``dice_weight`` times its own soft Dice
     loss over the classes. Metrics (MONAI): ``dice`` and ``hd95`` (95th percentile Hausdorff
     distance, mm), each averaged over classes and also per class (``dice_<class>``). An image
-    without a class says nothing about that class.
+    without a class says nothing about that class. With ``instances`` a label map numbers the
+    objects of the one class, and every value over 0 is that class: objects are not told apart.
 
     Raises:
-        ValueError: if there is no class, two of one name, or one that no metric can be named after.
+        ValueError: if there is no class, two of one name, or one that no metric can be named after,
+            or instances are of several classes.
     """
     classes = [str(name) for name in classes]
     names = [_slug(name) for name in classes]
@@ -50,13 +58,17 @@ def make(
             "expected class names of at most 40 letters from a to z, digits and spaces"
         )
 
+    if instances and len(names) != 1:
+        raise ValueError(f"expected one class, whose instances maps number, got {len(names)}")
+
+    largest = MOST_INSTANCES if instances else len(names)
+    meaning = "one for each object" if instances else "one for each class of the plan"
+
     def encode_map(label: NDArray[np.float32]) -> NDArray[np.int64]:
         low, high = np.rint(label.min()), np.rint(label.max())
-        if not (low >= 0 and high <= len(names)):  # so that NaN is refused too
-            raise ValueError(
-                f"expected label values from 0 to {len(names)}, one for each class of the plan"
-            )
-        return np.rint(label).astype(np.int64)
+        if not (low >= 0 and high <= largest):  # so that NaN is refused too
+            raise ValueError(f"expected label values from 0 to {largest}, {meaning}")
+        return np.minimum(np.rint(label), len(names)).astype(np.int64)
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         importance = outputs.new_full((outputs.shape[1],), foreground_weight)

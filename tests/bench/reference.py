@@ -34,6 +34,7 @@ SETS = {
     "blood_cells_boxes": ("detection", 0.664),
     "cxr_pneumonia": ("classification", 0.895),
     "hippocampus_mr": ("segmentation", 0.813),
+    "nuclei": ("segmentation", 0.671),
 }
 
 

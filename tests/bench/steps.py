@@ -3,7 +3,8 @@
     python tests/bench/steps.py [--out docs/imaging-steps.png]
 
 The phantom is a CT slice of a made-up abdomen. Where a step is for another kind of image, the slice
-is spoilt first in the way the step is for: noise, a coil's uneven gain, too little contrast.
+is spoilt first in the way the step is for: noise, a coil's uneven gain, too little contrast, or the
+wrong one.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from shared_models.imaging import pipeline
 from shared_models.volume import Volume, read_volume
 
 TILE, GAP, WORDS, COLUMNS = 150, 12, 34, 4
-NOISY, UNEVEN, FAINT = "noisy", "uneven", "faint"
+NOISY, UNEVEN, FAINT, NEGATIVE = "noisy", "uneven", "faint", "negative"
 
 STEPS = [
     ("orient", {"axes": "RAS"}, ""),
@@ -32,6 +33,7 @@ STEPS = [
     ("min-max", {}, ""),
     ("standardize", {}, ""),
     ("landmarks", {"percents": [1, 50, 75, 99], "values": [0, 10, 70, 100]}, FAINT),
+    ("bright-foreground", {}, NEGATIVE),
     ("gamma", {"gamma": 2.0}, ""),
     ("equalize", {}, FAINT),
     ("clahe", {"tiles": 4, "clip": 0.02}, FAINT),
@@ -87,6 +89,8 @@ def spoilt(data: np.ndarray, kind: str) -> np.ndarray:
     draw = np.random.default_rng(0)
     if kind == NOISY:
         return (data + draw.normal(0, 60, data.shape)).astype(np.float32)
+    if kind == NEGATIVE:
+        return np.clip(50 - data, -300, 350).astype(np.float32)
     bright = np.clip(data + 1000, 0, None)
     x = np.linspace(-1, 1, data.shape[2])
     if kind == UNEVEN:

@@ -507,6 +507,16 @@ def test_a_masked_update_is_measured_by_what_leaves(passes: Passes) -> None:
     assert not is_refused(passes(result, plan=SECURE, site={"policy.max_update_mb": megabytes}))
 
 
+def test_nothing_of_a_layer_that_stays_leaves(passes: Passes) -> None:
+    plan = {"training.personal": ["a."]}
+    zero = {"a__bias": np.zeros(3, np.float32), "a__weight": np.zeros((3, 2), np.float32)}
+    assert not is_refused(passes(sound(update=update_of(**zero)), plan=plan))
+    for name, value in zero.items():
+        some = value.copy()
+        some.flat[-1] = 1e-30
+        assert is_refused(passes(sound(update=update_of(**zero | {name: some})), plan=plan))
+
+
 @pytest.mark.parametrize("noise_shares", [1, 2])
 def test_a_statement_is_in_the_words_for_its_shares_of_noise(
     noise_shares: int, passes: Passes

@@ -46,22 +46,29 @@ def few(data: DataSet, *, most: int) -> DataSet:
 
 
 @pytest.mark.parametrize(
-    ("folder", "task", "headline", "epsilon"),
+    ("folder", "task", "headline", "epsilon", "personal"),
     [
-        ("cxr_pneumonia", "classification", "auc", None),
-        ("cxr_pneumonia", "classification", "auc", 8.0),
-        ("cxr_pneumonia", "enhancement", "ssim", 8.0),
-        ("hippocampus_mr", "denoising", "psnr", 8.0),
-        ("hippocampus_mr", "reconstruction", "psnr", 8.0),
-        ("hippocampus_mr", "segmentation", "dice", None),
-        ("hippocampus_mr", "segmentation", "dice", 8.0),
-        ("blood_cells_boxes", "detection", "map50", None),
-        ("cxr_pneumonia", "anomaly", "auc", None),
-        ("cxr_pneumonia", "embedding", "ssim", 8.0),
+        ("cxr_pneumonia", "classification", "auc", None, ()),
+        ("cxr_pneumonia", "classification", "auc", 8.0, ()),
+        ("cxr_pneumonia", "enhancement", "ssim", 8.0, ()),
+        ("hippocampus_mr", "denoising", "psnr", 8.0, ()),
+        ("hippocampus_mr", "reconstruction", "psnr", 8.0, ()),
+        ("hippocampus_mr", "segmentation", "dice", None, ()),
+        ("hippocampus_mr", "segmentation", "dice", 8.0, ()),
+        ("blood_cells_boxes", "detection", "map50", None, ()),
+        ("cxr_pneumonia", "anomaly", "auc", None, ()),
+        ("cxr_pneumonia", "embedding", "ssim", 8.0, ()),
+        ("nuclei", "segmentation", "dice", None, ("model.0.",)),
     ],
 )
 def test_real_images_are_trained_in_process(
-    data_dir: Path, tmp_path: Path, folder: str, task: str, headline: str, epsilon: float | None
+    data_dir: Path,
+    tmp_path: Path,
+    folder: str,
+    task: str,
+    headline: str,
+    epsilon: float | None,
+    personal: tuple[str, ...],
 ) -> None:
     data = few(adopt(data_dir / folder, labels=recipes.labels_of(task, data_dir / folder)), most=11)
     sites, validation = consortium(data, tmp_path)
@@ -70,7 +77,8 @@ def test_real_images_are_trained_in_process(
     )
     steps = plan.training.steps_per_round if epsilon else 2
     rate = min(0.2, plan.training.sample_rate) if epsilon else 0.2  # no more than was paid for
-    short = plan.training.model_copy(update={"steps_per_round": steps, "sample_rate": rate})
+    changed = {"steps_per_round": steps, "sample_rate": rate, "personal": personal}
+    short = plan.training.model_copy(update=changed)
     report = simulate(
         plan.model_copy(update={"training": short}),
         sites,
@@ -82,6 +90,7 @@ def test_real_images_are_trained_in_process(
     assert report.headline == headline
     assert headline in report.global_.metrics
     assert report.global_.pictures
+    assert any("stay with each hospital" in note for note in report.notes) == bool(personal)
     assert all((site.epsilon is not None) == (epsilon is not None) for site in report.sites)
     assert all(site.epsilon <= 8.0 for site in report.sites if site.epsilon is not None)
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
@@ -274,12 +275,34 @@ def test_label_maps_are_found_and_their_classes_counted(folder: Path) -> None:
     assert {row["label"] for row in data.rows} == {"map.png"}
 
 
-@pytest.mark.parametrize("value", [0, 255])
-def test_label_maps_with_values_that_are_no_classes_are_refused(folder: Path, value: int) -> None:
-    write_images(folder, ["map.png"], value=value)
+def test_empty_label_maps_are_refused(folder: Path) -> None:
+    write_images(folder, ["map.png"], value=0)
     write(folder, map_lines(), header=MAP_HEADER)
     (objection,) = objections(folder, task="segmentation")
-    assert f"values from 1 to 19, got up to {value}" in objection
+    assert "values from 1 to 19, got up to 0" in objection
+
+
+def test_a_pictures_map_with_more_values_than_classes_numbers_objects(folder: Path) -> None:
+    write_images(folder, ["map.png"], value=20)
+    data = adopt(write(folder, map_lines(), header=MAP_HEADER), labels="map")
+    assert (data.classes, data.has_instances) == (("object",), True)
+    named = adopt(folder, labels="map", classes=["nucleus"])
+    assert (named.classes, named.has_instances) == (("nucleus",), True)
+    params = recipes.plan_for(
+        named, name="t", task="segmentation", coordinator="0" * 64, seed=0, epsilon=None
+    ).task.params
+    assert params == {"classes": ("nucleus",), "instances": True}
+
+
+def test_a_volumes_map_with_more_values_than_classes_is_refused(folder: Path) -> None:
+    brain = nibabel.Nifti1Image(np.full((4, 4, 4), 20, np.int16), np.eye(4))
+    nibabel.save(brain, folder / "map.nii")
+    lines = [
+        "map.nii" + line[line.index(",") :].replace("map.png", "map.nii") for line in map_lines()
+    ]
+    write(folder, lines, header=MAP_HEADER)
+    (objection,) = objections(folder, task="segmentation")
+    assert "values from 1 to 19, got up to 20" in objection
 
 
 def test_missing_label_maps_are_told_by_line(folder: Path) -> None:
@@ -302,21 +325,21 @@ def test_phantom_hospitals_are_joined_into_one_data_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "task", "sites", "rows"),
+    ("name", "task", "sites", "rows", "classes"),
     [
-        ("cxr_pneumonia", "classification", 4, 2034),
-        ("hippocampus_mr", "segmentation", 3, 202),
-        ("blood_cells_boxes", "detection", 3, 289),
+        ("cxr_pneumonia", "classification", 4, 2034, 2),
+        ("hippocampus_mr", "segmentation", 3, 202, 2),
+        ("nuclei", "segmentation", 4, 226, 1),
+        ("blood_cells_boxes", "detection", 3, 289, 3),
     ],
 )
 def test_real_data_sets_become_hospitals(
-    data_dir: Path, name: str, task: str, sites: int, rows: int
+    data_dir: Path, name: str, task: str, sites: int, rows: int, classes: int
 ) -> None:
     if not (data_dir / name).is_dir():
         pytest.skip(f"no {name} among the real images")
     data: DataSet = adopt(data_dir / name, labels=recipes.labels_of(task, data_dir / name))
-    num_classes = 3 if task == "detection" else 2
-    assert (len(data.sites), len(data.rows), len(data.classes)) == (sites, rows, num_classes)
+    assert (len(data.sites), len(data.rows), len(data.classes)) == (sites, rows, classes)
 
 
 BOXES_HEADER = "file,class,xmin,ymin,xmax,ymax,block,split,flag"

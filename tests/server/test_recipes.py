@@ -115,9 +115,9 @@ def test_an_epsilon_that_cannot_be_met_is_told_with_the_cure(target: float) -> N
 
 def test_images_without_a_recipe_are_told_with_those_there_are() -> None:
     with pytest.raises(ConsiliaError) as caught:
-        made("segmentation", "picture")
+        made("divination", "picture")
     assert str(caught.value) == (
-        "no recipe called 'segmentation-picture' (task-images); known: "
+        "no recipe called 'divination-picture' (task-images); known: "
         + ", ".join(f"{task}-{kind}" for task, kind in RECIPES)
     )
 

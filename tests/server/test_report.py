@@ -344,7 +344,9 @@ def test_less_is_better_for_distances() -> None:
 
 def test_an_unknown_metric_is_shown_but_not_judged() -> None:
     report = sample()
-    site = report.sites[0].model_copy(update={"metrics": {"novelty": 0.7}, "alone": {"novelty": 0.6}})
+    site = report.sites[0].model_copy(
+        update={"metrics": {"novelty": 0.7}, "alone": {"novelty": 0.6}}
+    )
     report = changed(report, headline="novelty", sites=(site,))
     assert findings.gains(report)[0].verdict == "unjudged"
     assert "+0.100" in visible(render(report))

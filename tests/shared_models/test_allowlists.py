@@ -172,6 +172,26 @@ def test_what_is_frozen_is_some_of_the_nets_parameters_and_not_all(
     assert objections(new_plan(training=training), today=TODAY) == expected
 
 
+@pytest.mark.parametrize(
+    ("personal", "frozen", "expected"),
+    [
+        (["features.norm"], [], []),
+        (["head."], [], ["training.personal: no parameter of the net begins with 'head.'"]),
+        (
+            ["features."],
+            ["class_layers."],
+            ["training.personal: nothing is left to train together; keep less at the sites"],
+        ),
+    ],
+)
+def test_what_stays_at_the_sites_is_some_of_the_nets_parameters_and_not_all(
+    personal: list[str], frozen: list[str], expected: list[str], new_plan: NewPlan
+) -> None:
+    changed = {"personal": personal, "frozen": frozen}
+    training = new_plan().training.model_dump() | changed
+    assert objections(new_plan(training=training), today=TODAY) == expected
+
+
 def test_every_strategy_a_plan_may_name_can_be_made() -> None:
     assert {*STRATEGY_PARAMS} <= {*STRATEGIES}
     for name in STRATEGIES:

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image, ImageOps
 
 from shared_models.errors import DataError
 from shared_models.imaging import pipeline
 from shared_models.imaging.denoising import bias_field, gaussian, median, noise_of
 from shared_models.imaging.intensity import (
+    bright_foreground,
     clahe,
     equalize,
     gamma,
@@ -165,6 +167,32 @@ def test_min_max_reaches_from_minus_one_to_one() -> None:
 def test_a_stated_mean_and_deviation_are_used() -> None:
     done, _ = standardize(mean=100.0, deviation=50.0)(volume(squares()))
     assert np.allclose(done.data, (squares() - 100) / 50)
+
+
+@given(seed=st.integers(0, 9), shift=st.floats(-500, 500), factor=st.floats(0.1, 10))
+def test_both_contrasts_become_bright_on_dark(seed: int, shift: float, factor: float) -> None:
+    bright = (noisy(5.0, seed=seed) * factor + shift).astype(np.float32)
+    dark = bright.min() + (bright.max() - bright)
+    done, turned = (bright_foreground()(volume(given_))[0].data for given_ in (bright, dark))
+    assert np.array_equal(done, bright)
+    assert np.allclose(turned, bright, atol=1e-2)
+
+
+def test_an_inverted_image_is_pillows_and_keeps_its_range() -> None:
+    picture = Image.fromarray((255 - squares()[1] / 2).astype(np.uint8))
+    grey = np.asarray(picture, np.float32)[None]
+    done, _ = bright_foreground()(volume(grey))
+    assert (done.data.min(), done.data.max()) == (grey.min(), grey.max())
+    plain = np.asarray(ImageOps.invert(picture), np.float32)
+    assert np.array_equal(done.data[0] - done.data.min(), plain - plain.min())
+
+
+def test_an_image_already_bright_on_dark_is_left_alone() -> None:
+    step = bright_foreground()
+    once, _ = step(volume(400 - squares()))
+    assert np.array_equal(step(once)[0].data, once.data)
+    flat = volume(np.full((1, 4, 4), 7.0))
+    assert np.array_equal(step(flat)[0].data, flat.data)
 
 
 @given(power=st.floats(0.2, 5))

@@ -72,6 +72,7 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
     ("min-max", {}),
     ("landmarks", {"percents": [1, 50, 99], "values": [0, 40, 100]}),
     ("gamma", {"gamma": 0.5}),
+    ("bright-foreground", {}),
     ("equalize", {}),
     ("clahe", {"tiles": 2}),
     ("gaussian", {"sigma_mm": 1.0}),

@@ -310,6 +310,11 @@ def test_a_split_noise_under_secure_aggregation_meets_no_objection(new_plan: New
     ("change", "objection"),
     [
         (
+            {"training": ONE_STEP | {"personal": ["features."]}},
+            "training.personal: layers that stay at a site have its share of the noise only, which "
+            "protects sums; set noise_shares = 1, or keep no layers there",
+        ),
+        (
             {"rounds": SECURE | {"quorum": 1}, "privacy": PRIVACY},
             "rounds.quorum: expected at least 2 under secure_aggregation; one site hides nothing",
         ),

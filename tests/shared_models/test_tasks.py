@@ -141,6 +141,26 @@ def test_a_label_map_with_other_values_is_refused(value: float) -> None:
         ORGANS.encode_map(label)
 
 
+def test_every_numbered_object_is_the_one_class() -> None:
+    task = make_segmentation(classes=["nucleus"], instances=True)
+    label = np.array([[[0, 1], [2, 375]]], np.float32)
+    assert task.encode_map(label).tolist() == [[[0, 1], [1, 1]]]
+    assert task.encode_map(label).dtype == np.int64
+    assert task.num_outputs == 2
+
+
+@pytest.mark.parametrize("value", [-1.0, 1e6, np.nan, np.inf, -np.inf])
+def test_a_map_that_numbers_no_objects_is_refused(value: float) -> None:
+    label = np.array([[[0, value]]], np.float32)
+    with pytest.raises(ValueError, match="one for each object"):
+        make_segmentation(classes=["nucleus"], instances=True).encode_map(label)
+
+
+def test_objects_of_two_classes_cannot_be_numbered() -> None:
+    with pytest.raises(ValueError, match="expected one class, whose instances maps number, got 2"):
+        make_segmentation(classes=["nucleus", "vessel"], instances=True)
+
+
 def test_segmentation_wants_no_word_as_label() -> None:
     with pytest.raises(ValueError, match=r"^expected another kind of label for this task$"):
         ORGANS.encode_class(MARK)

@@ -134,6 +134,15 @@ def test_even_signed_weights_must_be_numbers_of_the_plans_net(
             open_release(model.folder, coordinator=model.coordinator)
 
 
+def test_a_model_whose_layers_stayed_with_the_hospitals_is_refused(
+    new_model: Callable[..., Any], new_plan: Callable[..., StudyPlan]
+) -> None:
+    training = new_plan().training.model_dump() | {"personal": ["model.0."]}
+    model = new_model(training=training)
+    with pytest.raises(DocumentError, match=r"stayed with the hospitals .*, model\.0\., and"):
+        open_release(model.folder, coordinator=model.coordinator)
+
+
 def test_answers_nobody_can_show_are_refused_with_a_sentence(new_model: Callable[..., Any]) -> None:
     model = new_model()
     found = open_release(model.folder, coordinator=model.coordinator)
