@@ -333,7 +333,7 @@ def test_the_limits_of_the_clock_are_flowers() -> None:
 @pytest.mark.parametrize(
     ("status", "words", "cure"),
     [
-        (412, "not admitted yet", "send the coordinator the public key"),
+        (412, "not admitted yet", "consilia-site join"),
         (401, "signature is refused", "the clocks agree"),
         (404, "no SuperLink", "link.address"),
         (502, "a gateway answers", "running"),

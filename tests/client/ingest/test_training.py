@@ -23,6 +23,7 @@ from client.supervisor import Supervisor
 from client.work import Bench, Job
 from shared_models import plan as plans
 from shared_models.errors import SignatureError
+from shared_models.weights import flat_of
 
 SMALL = [{"name": "resize", "params": {"size": [16, 16]}}, {"name": "standardize"}]
 NET = {
@@ -96,10 +97,10 @@ def test_a_site_trains_from_what_it_took_in_and_prepares_each_image_once(
     judged, _ = bench(job(labelled, plan, "judge"), None)
     assert judged.objections == ()
     size = sum(int(np.prod(shape)) for _, shape in judged.tensors)
-    weights = np.random.default_rng(0).normal(0, 0.1, size).astype(np.float32)
+    weights = flat_of(np.random.default_rng(0).normal(0, 0.1, size).astype(np.float32))
     outcome, update = bench(job(labelled, plan, "train"), weights)
     assert outcome.cohort is not None
-    assert (outcome.cohort.num_patients, outcome.cohort.num_test_patients) == (2, 1)
+    assert (outcome.cohort.num_patients, outcome.cohort.num_test_patients) == (3, 1)
     assert update is not None
     assert np.abs(update).max() > 0
     assert len(read) == num_series(labelled)
@@ -132,7 +133,7 @@ def test_a_cache_that_cannot_be_used_costs_time_only(
     broken = labelled.cache.model_copy(update={"folder": tmp_path / "file"})
     outcome, _ = Bench()(job(labelled, plan, "prepare", cache=broken), None)
     assert outcome.cohort is not None
-    assert outcome.cohort.num_patients == 2
+    assert outcome.cohort.num_patients == 3
 
 
 # --- before a study
@@ -168,7 +169,7 @@ def test_the_tables_count_and_name_nobody(labelled: configs.SiteConfig, archive:
     good = [answer for answer in archive.answers if not answer["reason"]]
     assert found["series"] >= len(good)
     assert sum(found["labels"].values()) == found["series"]
-    assert found["splits"]["train"] == 2
+    assert found["splits"]["train"] == 3
     shown = runner.invoke(cli.app, ["data"]).stdout
     assert "spacing" in shown
     assert "P-" not in shown
