@@ -24,7 +24,7 @@ from shared_models.errors import ConsiliaError, DocumentError
 from shared_models.masking import LARGEST, opened
 from shared_models.plan import StudyPlan, planned_events
 from shared_models.privacy import COVERS_SUMS, DOES_NOT_COVER_SUMS, epsilon, parse_ledger
-from shared_models.weights import flatten, load
+from shared_models.weights import flatten, load, vector_of
 
 SITES = ("east", "north", "west")
 KEY = "0" * 64
@@ -217,14 +217,14 @@ def test_no_update_is_on_its_way_to_the_coordinator_unmasked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     came: list[Any] = []
-    real = rounds.unseal
+    real = rounds.opened
 
     def spied(letter: Any, *, key: str) -> Any:
         said, vector = real(letter, key=key)
-        came.extend([] if vector is None else [(said, vector)])
+        came.extend([] if vector is None else [(said, vector_of(vector, "<u8"))])
         return said, vector
 
-    monkeypatch.setattr(rounds, "unseal", spied)
+    monkeypatch.setattr(rounds, "opened", spied)
     simulated(plan_of(rounds=SECURE), consortium, tmp_path / "out")
     assert len(came) == 3 * len(SITES)
     for said, vector in came:
